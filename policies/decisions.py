@@ -1,0 +1,31 @@
+"""CONTRACT: what policies decide. Frozen and serialisable; every decision carries its reasons and is stored."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class StyleDecision(msgspec.Struct, frozen=True, kw_only=True):
+    """How the agent speaks in this call; `instruction` is the sentence given to the model."""
+
+    language: str
+    dialect: str
+    emotion: str
+    rate: str
+    instruction: str
+    reasons: tuple[str, ...]
+
+
+class AdmissionDecision(msgspec.Struct, frozen=True, kw_only=True):
+    is_admitted: bool
+    sip_status: int = 200
+    retry_after_s: int = 0
+    reasons: tuple[str, ...] = ()
+
+
+class EscalationDecision(msgspec.Struct, frozen=True, kw_only=True):
+    """action: none | offer_keypad | transfer | callback_request."""
+
+    action: str
+    refer_to: str = ""
+    reasons: tuple[str, ...] = ()

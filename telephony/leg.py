@@ -1,0 +1,191 @@
+"""CONTRACT: one leg, as commands in and events out.
+
+A leg is one signalling relation with one party (RFC 3261 dialog plus its media). Whoever implements it, pjsua2 in a worker
+process, aiortc, or the in-memory loopback, speaks exactly these messages; the agent knows nothing else about telephony.
+
+Every message is a frozen, tagged struct of builtins, so the same contract suite runs in-process and over a Unix socket.
+Time is counted in samples of the leg's own rate, never in seconds of a clock.
+This file imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from enum import StrEnum
+from typing import Protocol
+
+import msgspec
+
+
+class LegState(StrEnum):
+    """pjsip's INVITE session states, kept verbatim (pjsip_inv_state)."""
+
+    NULL = "null"
+    CALLING = "calling"
+    INCOMING = "incoming"
+    EARLY = "early"
+    CONNECTING = "connecting"
+    CONFIRMED = "confirmed"
+    DISCONNECTED = "disconnected"
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    leg_id: str
+
+
+# ---------------------------------------------------------------- events: leg -> agent
+
+
+class LegIncoming(Message, frozen=True):
+    """An INVITE arrived. Everything here is the caller's claim: never trust it, always escape it."""
+
+    did: str  # dialled number or user part of the Request-URI
+    ani: str  # user part of From; may be withheld or spoofed
+    display_name: str = ""
+    source_address: str = ""  # "ip:port" the INVITE came from
+    headers: dict[str, str] = {}
+    sample_rate_hz: int = 8000
+
+
+class LegStateChanged(Message, frozen=True):
+    """`state` became true; on CONFIRMED media may flow. `sample` = samples received so far."""
+
+    state: LegState
+    sample: int = 0
+    codec: str = ""  # e.g. "PCMU/8000", once known
+
+
+class AudioFrame(Message, frozen=True):
+    """Caller audio: `pcm` is int16 little endian mono; `start_sample` counts from the first sample of the leg."""
+
+    pcm: bytes
+    sample_rate_hz: int
+    start_sample: int
+    voiced: bool = False  # voice activity after echo removal
+
+
+class DtmfReceived(Message, frozen=True):
+    """One key (RFC 4733 telephone-event): 0-9 * # A-D."""
+
+    digit: str
+    sample: int = 0
+
+
+class PlayoutProgress(Message, frozen=True):
+    """The wire's read counter: `played_samples` of item `item_id` have left (leg rate). Sent at least every 100 ms while playing."""
+
+    item_id: str
+    played_samples: int
+    is_finished: bool = False  # last sample of an item whose final chunk was given has left
+
+
+class Flushed(Message, frozen=True):
+    """Answer to `Flush`: the exact number of samples of the item that were really played (leg rate)."""
+
+    item_id: str
+    played_samples: int
+
+
+class ReferResult(Message, frozen=True):
+    """Final outcome of `Refer` (RFC 3515 NOTIFY sipfrag, or the refusal itself)."""
+
+    sip_status: int
+    reason: str = ""
+
+
+class WireMetric(Message, frozen=True):
+    """Timing measured from voiced energy in what crossed the socket, in samples of the leg clock.
+
+    kind: caller_onset | caller_offset | agent_onset | agent_offset | agent_ducked | agent_unducked.
+    """
+
+    kind: str
+    sample: int
+
+
+class LegDisconnected(Message, frozen=True):
+    """The leg is gone. `cause` is from telephony/sip/causes.py; `by` is caller | agent | network."""
+
+    cause: str
+    sip_status: int = 0
+    by: str = "network"
+
+
+# -------------------------------------------------------------- commands: agent -> leg
+
+
+class Answer(Message, frozen=True):
+    """200 OK; valid in INCOMING or EARLY."""
+
+
+class Reject(Message, frozen=True):
+    """Final refusal, e.g. 503 with Retry-After (RFC 3261 §21.5.4)."""
+
+    sip_status: int
+    retry_after_s: int = 0
+
+
+class Play(Message, frozen=True):
+    """Append audio to play-out item `item_id` (items play in the order they were first named).
+
+    `pcm` int16 mono at `sample_rate_hz`; the leg resamples. Bounded: the leg keeps at most 30 s unplayed and refuses more.
+    """
+
+    item_id: str
+    pcm: bytes
+    sample_rate_hz: int
+    is_final: bool = False
+
+
+class Flush(Message, frozen=True):
+    """Drop what is unplayed of `item_id` ("" = everything); answered by `Flushed` for each item dropped."""
+
+    item_id: str = ""
+
+
+class Duck(Message, frozen=True):
+    """Attenuate play-out by `gain_db` (negative) from the next sample on; play-out goes on."""
+
+    gain_db: float = -18.0
+
+
+class Pause(Message, frozen=True):
+    """Hold play-out at the exact next sample; silence leaves instead."""
+
+
+class Resume(Message, frozen=True):
+    """Undo `Duck` and `Pause`; play-out goes on at the very sample where it stood."""
+
+
+class Hangup(Message, frozen=True):
+    """BYE in CONFIRMED, else CANCEL or a final refusal."""
+
+    cause: str = "normal"
+
+
+class Refer(Message, frozen=True):
+    """Blind transfer (RFC 3515): `refer_to` goes out verbatim."""
+
+    refer_to: str
+
+
+LegEvent = (
+    LegIncoming | LegStateChanged | AudioFrame | DtmfReceived | PlayoutProgress | Flushed | ReferResult | WireMetric | LegDisconnected
+)
+LegCommand = Answer | Reject | Play | Flush | Duck | Pause | Resume | Hangup | Refer
+
+
+class LegError(Exception):
+    """A command that this leg cannot carry out in its state; names the command and the state."""
+
+
+class Leg(Protocol):
+    """What every telephony adapter offers. `send` never blocks on the network; its effect comes back as an event."""
+
+    leg_id: str
+
+    async def send(self, command: LegCommand) -> None: ...
+
+    def events(self) -> AsyncIterator[LegEvent]:
+        """Events in order, ending after `LegDisconnected`."""
+        ...
