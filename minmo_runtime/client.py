@@ -1,0 +1,137 @@
+"""`api.Runtime` over the engine's Unix socket. One connection carries all calls of one agent process.
+
+When the connection breaks, every open stream's `events` raises StreamLost and so does `send`: the agent replays transcripts
+on the next engine. It knows nothing of models; it does not reconnect by itself (the agent owns that decision).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+
+from minmo_runtime.api import (
+    CloseStream,
+    OpenStream,
+    RuntimeEvent,
+    RuntimeOverloaded,
+    RuntimeRequest,
+    StreamFailed,
+    StreamLost,
+    StreamOpened,
+)
+from minmo_runtime.wire import StreamEnded, StreamRefused, decode_event, pack, read_body
+
+# The writer's buffer may hold this much unsent audio before `send` waits: about 6 s of four calls.
+_MAX_UNSENT_BYTES = 1 << 20
+
+
+class RuntimeClient:
+    """Use `await RuntimeClient.connect(path)`, and `await client.close()` at the end."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._queues: dict[str, asyncio.Queue[RuntimeEvent | StreamLost | None]] = {}
+        self._open: set[str] = set()
+        self._opening: dict[str, asyncio.Future[None]] = {}
+        self._is_lost = False
+        self._reading = asyncio.create_task(self._read(), name="runtime-client/read")
+
+    @classmethod
+    async def connect(cls, socket_path: str | Path) -> RuntimeClient:
+        reader, writer = await asyncio.open_unix_connection(str(socket_path))
+        writer.transport.set_write_buffer_limits(high=_MAX_UNSENT_BYTES)
+        return cls(reader, writer)
+
+    @property
+    def is_lost(self) -> bool:
+        return self._is_lost
+
+    async def send(self, request: RuntimeRequest) -> None:
+        call_id = request.call_id
+        if self._is_lost:
+            raise StreamLost("the engine's connection is gone")
+        match request:
+            case OpenStream():
+                if call_id in self._open or call_id in self._opening:
+                    raise ValueError(f"stream {call_id!r} is already open")
+                opened = self._opening[call_id] = asyncio.get_running_loop().create_future()
+                await self._write(request)
+                await opened
+            case CloseStream():
+                if call_id in self._open:
+                    await self._write(request)
+            case _:
+                if call_id not in self._open:
+                    raise StreamLost(f"no open stream {call_id!r}")
+                await self._write(request)
+
+    async def events(self, call_id: str) -> AsyncIterator[RuntimeEvent]:
+        queue = self._queue(call_id)
+        while (event := await queue.get()) is not None:
+            if isinstance(event, StreamLost):
+                self._queues.pop(call_id, None)
+                raise event
+            yield event
+        self._queues.pop(call_id, None)
+
+    async def close(self) -> None:
+        self._reading.cancel()
+        await asyncio.gather(self._reading, return_exceptions=True)
+        self._lose("the client was closed")
+        self._writer.close()
+        await asyncio.gather(self._writer.wait_closed(), return_exceptions=True)
+
+    async def _write(self, request: RuntimeRequest) -> None:
+        try:
+            self._writer.write(pack(request))
+            await self._writer.drain()
+        except ConnectionError as error:
+            self._lose(str(error))
+            raise StreamLost("the engine's connection is gone") from error
+
+    async def _read(self) -> None:
+        reason = "the engine closed the connection"
+        try:
+            while (body := await read_body(self._reader)) is not None:
+                self._receive(body)
+        except (ConnectionError, msgspec.ValidationError, msgspec.DecodeError) as error:
+            reason = str(error)
+        self._lose(reason)
+
+    def _receive(self, body: bytes) -> None:
+        event = decode_event(body)
+        call_id = event.call_id
+        match event:
+            case StreamRefused():
+                if opening := self._opening.pop(call_id, None):
+                    opening.set_exception(RuntimeOverloaded(event.reason))
+            case StreamEnded():
+                self._open.discard(call_id)
+                self._queue(call_id).put_nowait(None)
+            case _:
+                if isinstance(event, StreamOpened) and (opening := self._opening.pop(call_id, None)):
+                    self._open.add(call_id)
+                    opening.set_result(None)
+                if isinstance(event, StreamFailed):
+                    self._open.discard(call_id)
+                self._queue(call_id).put_nowait(event)
+
+    def _lose(self, reason: str) -> None:
+        if self._is_lost:
+            return
+        self._is_lost = True
+        for call_id in self._open:
+            self._queue(call_id).put_nowait(StreamLost(reason))
+        for opening in self._opening.values():
+            if not opening.done():
+                opening.set_exception(StreamLost(reason))
+        self._open.clear()
+        self._opening.clear()
+
+    def _queue(self, call_id: str) -> asyncio.Queue[RuntimeEvent | StreamLost | None]:
+        # Not bounded here: the engine makes at most a few seconds of audio ahead of the wire, so what piles up is bounded there.
+        return self._queues.setdefault(call_id, asyncio.Queue())

@@ -1,0 +1,248 @@
+"""The runtime contract, as one suite over every implementation: fake in-process, fake over the socket, the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from minmo_runtime.api import (
+    INPUT_SAMPLE_RATE_HZ,
+    AudioDelta,
+    CancelReply,
+    CloseStream,
+    OpenStream,
+    PushAudio,
+    PushText,
+    ReplyFinished,
+    ReplyTruncated,
+    Runtime,
+    RuntimeEvent,
+    RuntimeOverloaded,
+    Say,
+    StartReply,
+    StreamLost,
+    StreamOpened,
+    TextDelta,
+    ToolCallRequested,
+    ToolResult,
+)
+from minmo_runtime.client import RuntimeClient
+from minmo_runtime.fake import FakeRule, FakeRuntime, FakeScript
+from minmo_runtime.server import RuntimeServer
+
+PACKET = INPUT_SAMPLE_RATE_HZ * 20 // 1000
+SCRIPT = FakeScript(
+    rules=(
+        FakeRule(pattern=r"order (?P<n>\d+)", tool="look_up_order", arguments={"order_number": "{n}"}, text="your order is {status}."),
+        FakeRule(pattern="hello", text="hello, this is a rather long answer so that it can be cut in the middle of it."),
+    )
+)
+MAX_STREAMS = 2
+
+
+class Call:
+    """A minimal agent: pushes silence in real order, collects events."""
+
+    def __init__(self, runtime: Runtime, call_id: str) -> None:
+        self.runtime, self.call_id, self.sample = runtime, call_id, 0
+        self.events: list[RuntimeEvent] = []
+        self._reading: asyncio.Task[None] | None = None
+
+    async def open(self, **fields: object) -> None:
+        await self.runtime.send(OpenStream(call_id=self.call_id, system_prompt="you are a test.", **fields))
+        self._reading = asyncio.create_task(self._read())
+
+    async def _read(self) -> None:
+        async for event in self.runtime.events(self.call_id):
+            self.events.append(event)
+
+    async def push(self, num_packets: int = 1, voiced: bool = False) -> None:
+        for _ in range(num_packets):
+            pcm = (b"\x00\x20\x00\xe0" if voiced else b"\x00\x00\x00\x00") * (PACKET // 2)
+            await self.runtime.send(PushAudio(call_id=self.call_id, pcm=pcm, start_sample=self.sample, voiced=voiced))
+            self.sample += PACKET
+        await asyncio.sleep(0)
+
+    async def until(self, kind: type, timeout_s: float = 20.0) -> RuntimeEvent:
+        """Push silence until an event of `kind` comes that was not there before."""
+        before = sum(isinstance(e, kind) for e in self.events)
+        async with asyncio.timeout(timeout_s):
+            while True:
+                found = [e for e in self.events if isinstance(e, kind)]
+                if len(found) > before:
+                    return found[-1]
+                await self.push()
+                await asyncio.sleep(0.001)
+
+    async def close(self) -> None:
+        await self.runtime.send(CloseStream(call_id=self.call_id))
+        if self._reading is not None:
+            await asyncio.wait_for(self._reading, 5)
+
+    def of(self, kind: type) -> list:
+        return [e for e in self.events if isinstance(e, kind)]
+
+
+@contextlib.asynccontextmanager
+async def fake_in_process(tmp_path: Path) -> AsyncIterator[Runtime]:
+    yield FakeRuntime(SCRIPT, max_streams=MAX_STREAMS)
+
+
+@contextlib.asynccontextmanager
+async def fake_over_socket(tmp_path: Path) -> AsyncIterator[Runtime]:
+    server = RuntimeServer(FakeRuntime(SCRIPT, max_streams=MAX_STREAMS), tmp_path / "engine.sock")
+    await server.start()
+    client = await RuntimeClient.connect(tmp_path / "engine.sock")
+    yield client
+    await client.close()
+    await server.stop()
+
+
+IMPLEMENTATIONS: dict[str, Callable] = {"fake": fake_in_process, "fake-socket": fake_over_socket}
+
+
+@pytest.fixture(params=sorted(IMPLEMENTATIONS))
+async def runtime(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Runtime]:
+    async with IMPLEMENTATIONS[request.param](tmp_path) as implementation:
+        yield implementation
+
+
+@pytest.fixture
+async def call(runtime: Runtime) -> AsyncIterator[Call]:
+    one = Call(runtime, "c1")
+    await one.open()
+    yield one
+    await one.close()
+
+
+async def test_stream_opens_with_its_rate_and_checkpoint(call: Call) -> None:
+    await call.push(2)
+    await asyncio.sleep(0.05)
+    opened = call.events[0]
+    assert isinstance(opened, StreamOpened)
+    assert opened.output_sample_rate_hz >= 8000 and opened.checkpoint
+    assert set(opened.bridges) <= {"in", "out", "duplex"}
+
+
+async def test_say_speaks_exactly_its_text(call: Call) -> None:
+    await call.runtime.send(Say(call_id="c1", turn_id="t1", text="hello and welcome."))
+    finished = await call.until(ReplyFinished)
+    audio = call.of(AudioDelta)
+    assert finished.turn_id == "t1" and finished.text == "hello and welcome."
+    assert [a.sequence for a in audio] == list(range(len(audio))) and audio
+    assert sum(len(a.pcm) // 2 for a in audio) == finished.num_samples > 0
+
+
+async def test_reply_text_is_the_sum_of_its_deltas(call: Call) -> None:
+    await call.runtime.send(PushText(call_id="c1", text="hello"))
+    await call.runtime.send(StartReply(call_id="c1", turn_id="t1"))
+    finished = await call.until(ReplyFinished)
+    assert "".join(d.text for d in call.of(TextDelta)) == finished.text
+    assert sum(len(a.pcm) // 2 for a in call.of(AudioDelta)) == finished.num_samples
+
+
+async def test_two_says_come_out_one_after_the_other(call: Call) -> None:
+    await call.runtime.send(Say(call_id="c1", turn_id="t1", text="first sentence."))
+    await call.runtime.send(Say(call_id="c1", turn_id="t2", text="second sentence."))
+    await call.until(ReplyFinished)
+    if len(call.of(ReplyFinished)) < 2:
+        await call.until(ReplyFinished)
+    assert [f.turn_id for f in call.of(ReplyFinished)] == ["t1", "t2"]
+    turns = [a.turn_id for a in call.of(AudioDelta)]
+    assert turns == sorted(turns)
+
+
+async def test_cancel_is_answered_and_nothing_of_the_turn_follows(call: Call) -> None:
+    text = "this is a sentence of many words so that somebody can interrupt it in the middle."
+    await call.runtime.send(Say(call_id="c1", turn_id="t1", text=text))
+    await call.until(AudioDelta)
+    await call.runtime.send(CancelReply(call_id="c1", turn_id="t1", played_samples=0, reason="interrupt"))
+    truncated = await call.until(ReplyTruncated)
+    num_audio = len(call.of(AudioDelta))
+    assert truncated.turn_id == "t1" and truncated.heard_text == ""
+    await call.push(20)
+    await asyncio.sleep(0.05)
+    assert len(call.of(AudioDelta)) == num_audio and not call.of(ReplyFinished)
+
+
+async def test_heard_text_is_a_prefix_of_what_was_generated(call: Call) -> None:
+    await call.runtime.send(Say(call_id="c1", turn_id="t1", text="one two three four five six seven eight nine ten."))
+    finished = await call.until(ReplyFinished)
+    await call.runtime.send(CancelReply(call_id="c1", turn_id="t1", played_samples=finished.num_samples // 2))
+    truncated = await call.until(ReplyTruncated)
+    assert truncated.generated_text.startswith(truncated.heard_text)
+    assert len(truncated.heard_text) < len(truncated.generated_text)
+
+
+async def test_cancel_of_an_unknown_turn_is_answered_empty(call: Call) -> None:
+    await call.runtime.send(CancelReply(call_id="c1", turn_id="nobody", played_samples=0))
+    truncated = await call.until(ReplyTruncated)
+    assert truncated.turn_id == "nobody" and truncated.heard_text == truncated.generated_text == ""
+
+
+async def test_false_end_leaves_nothing_heard(call: Call) -> None:
+    await call.runtime.send(PushText(call_id="c1", text="hello"))
+    await call.runtime.send(StartReply(call_id="c1", turn_id="t1"))
+    await call.until(AudioDelta)
+    await call.runtime.send(CancelReply(call_id="c1", turn_id="t1", played_samples=0, reason="false_end"))
+    assert (await call.until(ReplyTruncated)).heard_text == ""
+
+
+async def test_open_without_room_is_refused(runtime: Runtime) -> None:
+    calls = [Call(runtime, f"c{i}") for i in range(MAX_STREAMS)]
+    for one in calls:
+        await one.open()
+    with pytest.raises(RuntimeOverloaded):
+        await Call(runtime, "late").open()
+    await calls[0].close()
+    again = Call(runtime, "again")
+    await again.open()
+    for one in (*calls[1:], again):
+        await one.close()
+
+
+async def test_close_ends_the_events_and_is_idempotent(runtime: Runtime) -> None:
+    one = Call(runtime, "c1")
+    await one.open()
+    await one.close()
+    await runtime.send(CloseStream(call_id="c1"))
+    with pytest.raises(StreamLost):
+        await runtime.send(StartReply(call_id="c1", turn_id="t1"))
+
+
+async def test_calls_do_not_hear_each_other(runtime: Runtime) -> None:
+    one, other = Call(runtime, "c1"), Call(runtime, "c2")
+    await one.open()
+    await other.open()
+    await runtime.send(Say(call_id="c1", turn_id="t1", text="only for one."))
+    await one.until(ReplyFinished)
+    await other.push(5)
+    await asyncio.sleep(0.05)
+    assert not other.of(AudioDelta) and all(e.call_id == "c1" for e in one.events)
+    await one.close()
+    await other.close()
+
+
+class TestFakeOnly:
+    """What needs a persona that answers predictably."""
+
+    @pytest.fixture(params=["fake", "fake-socket"])
+    async def runtime(self, request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Runtime]:
+        async with IMPLEMENTATIONS[request.param](tmp_path) as implementation:
+            yield implementation
+
+    async def test_a_tool_call_is_requested_and_its_result_spoken(self, call: Call) -> None:
+        await call.runtime.send(PushText(call_id="c1", text="where is order 45612"))
+        await call.runtime.send(StartReply(call_id="c1", turn_id="t1"))
+        wanted = await call.until(ToolCallRequested)
+        assert (wanted.name, wanted.arguments) == ("look_up_order", {"order_number": "45612"})
+        await call.push(50)
+        assert not call.of(AudioDelta)
+        await call.runtime.send(
+            ToolResult(call_id="c1", turn_id="t1", tool_call_id=wanted.tool_call_id, content="status shipped day wednesday")
+        )
+        assert (await call.until(ReplyFinished)).text == "your order is shipped."
