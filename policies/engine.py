@@ -15,3 +15,103 @@
 and ask again: nothing is remembered here. No clock and, after `load`, no I/O. What is decided is stored by the caller.
 The transfer target comes from the campaign or from `handoff.uri`, never from the model's text.
 """
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from policies.campaign import Campaign, CampaignProblem, load_campaigns
+from policies.config import PoliciesConfig
+from policies.consent import RecordingDecision, decide_recording
+from policies.decisions import AdmissionDecision, EscalationDecision, StyleDecision
+from policies.disclosure import Disclosure, disclose
+from policies.escalation import decide_escalation
+from policies.facts import CallFacts, CheckpointFacts
+from policies.speaking_style import decide_style
+
+SHIPPED_CAMPAIGNS = Path(__file__).parent / "campaigns"
+
+
+class UnknownNumber(LookupError):
+    """A policy was asked about a number that no valid campaign answers; `admit` refuses such a call first."""
+
+
+@dataclass(frozen=True)
+class PolicyEngine:
+    config: PoliciesConfig
+    campaigns: tuple[Campaign, ...]
+    problems: tuple[CampaignProblem, ...] = ()
+    handoff_uri: str = ""
+
+    @classmethod
+    def load(cls, config: PoliciesConfig, checkpoint: CheckpointFacts, handoff_uri: str = "") -> PolicyEngine:
+        folder = Path(config.campaigns_dir) if config.campaigns_dir else SHIPPED_CAMPAIGNS
+        if not folder.is_dir():
+            raise ValueError(f"policies.campaigns_dir = {config.campaigns_dir!r}: must be a folder")
+        campaigns, problems = load_campaigns(folder, checkpoint)
+        names = {campaign.name for campaign in campaigns} | {problem.name for problem in problems}
+        if config.default_campaign and config.default_campaign not in names:
+            raise ValueError(
+                f"policies.default_campaign = {config.default_campaign!r}: must be one of {', '.join(sorted(names))}"
+            )
+        return cls(config=config, campaigns=campaigns, problems=problems, handoff_uri=handoff_uri)
+
+    def campaign_for(self, did: str) -> Campaign | None:
+        by_number = next((c for c in self.campaigns if did in c.dids), None)
+        if by_number or self._refused(did):
+            return by_number  # a refused campaign's number must not fall through to the default one
+        return next((c for c in self.campaigns if c.name == self.config.default_campaign), None)
+
+    def admit(self, facts: CallFacts, num_calls: int, max_calls: int) -> AdmissionDecision:
+        """`num_calls` = calls in progress without this one."""
+        campaign = self.campaign_for(facts.did)
+        if campaign is None and (problem := self._refused(facts.did) or self._refused_default()):
+            reason = f"campaign {problem.name} is refused: {problem.reason}"
+            return AdmissionDecision(
+                is_admitted=False, sip_status=503, retry_after_s=self.config.retry_after_s, reasons=(reason,)
+            )
+        if campaign is None:
+            return AdmissionDecision(is_admitted=False, sip_status=404, reasons=(f"no campaign answers {facts.did}",))
+        if num_calls >= max_calls:
+            reason = f"{num_calls} of {max_calls} calls in progress"
+            return AdmissionDecision(
+                is_admitted=False, sip_status=503, retry_after_s=self.config.retry_after_s, reasons=(reason,)
+            )
+        return AdmissionDecision(is_admitted=True, reasons=(f"campaign {campaign.name}",))
+
+    def style(self, facts: CallFacts) -> StyleDecision:
+        return decide_style(self._campaign(facts).style, facts)
+
+    def system_prompt(self, facts: CallFacts) -> str:
+        """Persona, style instruction and what the line expects, in the text form the checkpoint was trained on."""
+        campaign = self._campaign(facts)
+        sentences = [campaign.persona.introduction(campaign.shop), self.style(facts).instruction]
+        if campaign.order_digits:
+            sentences.append(f"order numbers have {campaign.order_digits} digits.")
+        return " ".join(sentences)
+
+    def recording(self, facts: CallFacts) -> RecordingDecision:
+        return decide_recording(self._campaign(facts).recording, self.config.recording)
+
+    def disclose(self, facts: CallFacts) -> Disclosure:
+        return disclose(self._campaign(facts).persona.greeting, self.recording(facts))
+
+    def escalate(self, facts: CallFacts) -> EscalationDecision:
+        uri = self._campaign(facts).handoff_uri or self.handoff_uri
+        return decide_escalation(facts, self.config, uri)
+
+    def _campaign(self, facts: CallFacts) -> Campaign:
+        campaign = self.campaign_for(facts.did)
+        if campaign is None:
+            raise UnknownNumber(facts.did)
+        return campaign
+
+    def _refused(self, did: str) -> CampaignProblem | None:
+        """The refused campaign that lists this number, unless a valid one lists it too."""
+        if any(did in campaign.dids for campaign in self.campaigns):
+            return None
+        return next((p for p in self.problems if did in p.dids), None)
+
+    def _refused_default(self) -> CampaignProblem | None:
+        return next((p for p in self.problems if p.name == self.config.default_campaign), None)

@@ -1,0 +1,27 @@
+"""Whether a call is recorded, and from when.
+
+`after_notice` records nothing before the caller has heard the whole notice; hanging up is how a caller declines. `always`
+is for lines where the notice was given before (an announcement by the carrier, a contract). `off` writes no audio at all.
+Transcripts are not audio: they are kept in every mode, masked by the store.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class RecordingDecision(msgspec.Struct, frozen=True, kw_only=True):
+    """mode: off | after_notice | always."""
+
+    mode: str
+    reasons: tuple[str, ...]
+
+    def may_record(self, *, is_notice_heard: bool) -> bool:
+        return self.mode == "always" or (self.mode == "after_notice" and is_notice_heard)
+
+
+def decide_recording(campaign_mode: str, default_mode: str) -> RecordingDecision:
+    """`campaign_mode` "" = the campaign leaves it to `policies.recording`."""
+    if campaign_mode:
+        return RecordingDecision(mode=campaign_mode, reasons=("campaign says so",))
+    return RecordingDecision(mode=default_mode, reasons=("policies.recording",))

@@ -1,0 +1,30 @@
+"""When the agent stops trying alone: keypad first, then a person; a caller who asks for a person is never argued with.
+
+The target of a transfer is configuration (the campaign's, else `handoff.uri`). Without one the caller is told so and a
+callback request is stored: the agent must not promise a transfer that cannot happen.
+"""
+
+from __future__ import annotations
+
+from policies.config import PoliciesConfig
+from policies.decisions import EscalationDecision
+from policies.facts import CallFacts
+
+
+def decide_escalation(facts: CallFacts, config: PoliciesConfig, handoff_uri: str) -> EscalationDecision:
+    """`handoff_uri` "" = nobody to transfer to."""
+    if facts.caller_asked_for_person:
+        return _to_person(handoff_uri, "caller asked for a person")
+    missed = facts.num_turns_not_understood
+    if missed >= config.person_after_turns:
+        return _to_person(handoff_uri, f"{missed} turns not understood (person after {config.person_after_turns})")
+    if missed >= config.keypad_after_turns:
+        reason = f"{missed} turns not understood (keypad after {config.keypad_after_turns})"
+        return EscalationDecision(action="offer_keypad", reasons=(reason,))
+    return EscalationDecision(action="none")
+
+
+def _to_person(handoff_uri: str, reason: str) -> EscalationDecision:
+    if handoff_uri:
+        return EscalationDecision(action="transfer", refer_to=handoff_uri, reasons=(reason,))
+    return EscalationDecision(action="callback_request", reasons=(reason, "handoff.uri is not set"))
