@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from policies.config import RECORDING_MODES
+from policies.consent import RECORDING_MODES
 from policies.facts import CheckpointFacts
 from policies.persona import Persona
 from policies.speaking_style import StyleRules, unsupported_values
@@ -29,8 +29,9 @@ class Campaign(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     style: StyleRules
     tools: tuple[str, ...]
     order_digits: int = 0  # length of an order number; 0 = the line has none
-    recording: str = ""  # off | after_notice | always; "" = policies.recording
+    recording: str = ""  # off | after_notice | always, at most the operator's setting; "" = that setting
     handoff_uri: str = ""  # "speak to a person"; "" = handoff.uri
+    lines: dict[str, tuple[str, ...]] = {}  # fixed sentences in this line's own words (greeting, goodbye ...)
     name: str = ""  # set from the file name, never from the file
 
 
@@ -40,7 +41,9 @@ class CampaignProblem(msgspec.Struct, frozen=True, kw_only=True):
     dids: tuple[str, ...] = ()  # as far as they could be read, so that a caller gets 503 and not 404
 
 
-def load_campaigns(folder: Path, checkpoint: CheckpointFacts) -> tuple[tuple[Campaign, ...], tuple[CampaignProblem, ...]]:
+def load_campaigns(
+    folder: Path, checkpoint: CheckpointFacts, line_keys: frozenset[str]
+) -> tuple[tuple[Campaign, ...], tuple[CampaignProblem, ...]]:
     """Every `*.toml` of the folder in name order; a number belongs to the first campaign that lists it."""
     campaigns: list[Campaign] = []
     problems: list[CampaignProblem] = []
@@ -51,7 +54,7 @@ def load_campaigns(folder: Path, checkpoint: CheckpointFacts) -> tuple[tuple[Cam
         except (OSError, ValueError) as error:  # TOML and msgspec errors are ValueErrors
             problems.append(CampaignProblem(name=path.stem, reason=str(error), dids=_dids_of(path)))
             continue
-        reasons = campaign_faults(campaign, checkpoint)
+        reasons = campaign_faults(campaign, checkpoint, line_keys)
         reasons += [f"dids: {did!r} belongs to {owner_of[did]}" for did in campaign.dids if did in owner_of]
         if reasons:
             problems.append(CampaignProblem(name=campaign.name, reason="; ".join(reasons), dids=campaign.dids))
@@ -69,7 +72,7 @@ def read_campaign(path: Path) -> Campaign:
     return msgspec.structs.replace(msgspec.convert(table, Campaign), name=path.stem)
 
 
-def campaign_faults(campaign: Campaign, checkpoint: CheckpointFacts) -> list[str]:
+def campaign_faults(campaign: Campaign, checkpoint: CheckpointFacts, line_keys: frozenset[str]) -> list[str]:
     """Every reason why this campaign cannot take calls; empty = valid."""
     faults = []
     if not campaign.dids:
@@ -85,6 +88,11 @@ def campaign_faults(campaign: Campaign, checkpoint: CheckpointFacts) -> list[str
     for key, text in (("shop", campaign.shop), ("persona.name", campaign.persona.name)):
         if not text.strip():
             faults.append(f"{key} = {text!r}: must not be empty")
+    for key, sentences in campaign.lines.items():
+        if key not in line_keys:
+            faults.append(f"lines.{key}: must be one of {', '.join(sorted(line_keys))}")
+        if not sentences or not all(sentence.strip() for sentence in sentences):
+            faults.append(f"lines.{key} = {list(sentences)!r}: must hold at least one sentence, none empty")
     if not campaign.style.languages:
         return [*faults, "style.languages = []: must name at least one language"]
     return faults + unsupported_values(campaign.style, checkpoint)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-RECORDING_MODES = ("off", "after_notice", "always")
-
 
 @dataclass(frozen=True, kw_only=True)
 class PoliciesConfig:
@@ -17,9 +15,6 @@ class PoliciesConfig:
 
     default_campaign: str = ""
     """Campaign (file name without .toml) for a dialled number that none lists; empty = such a call gets 404."""
-
-    recording: str = "after_notice"
-    """off | after_notice | always, for campaigns that do not say; after_notice starts once the notice was heard in full."""
 
     keypad_after_turns: int = 2
     """Turns not understood in a row after which the agent offers the keypad, 1-10."""
@@ -31,8 +26,6 @@ class PoliciesConfig:
     """Retry-After of a 503 when every place is taken, 1-3600 s (RFC 3261 section 20.33)."""
 
     def __post_init__(self) -> None:
-        if self.recording not in RECORDING_MODES:
-            raise ValueError(f"policies.recording = {self.recording!r}: must be one of {', '.join(RECORDING_MODES)}")
         if not 1 <= self.keypad_after_turns <= 10:
             raise ValueError(f"policies.keypad_after_turns = {self.keypad_after_turns}: must be 1 to 10")
         if not self.keypad_after_turns < self.person_after_turns <= 20:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import msgspec
 
+RECORDING_MODES = ("off", "after_notice", "always")  # from least to most
+
 
 class RecordingDecision(msgspec.Struct, frozen=True, kw_only=True):
     """mode: off | after_notice | always."""
@@ -20,8 +22,9 @@ class RecordingDecision(msgspec.Struct, frozen=True, kw_only=True):
         return self.mode == "always" or (self.mode == "after_notice" and is_notice_heard)
 
 
-def decide_recording(campaign_mode: str, default_mode: str) -> RecordingDecision:
-    """`campaign_mode` "" = the campaign leaves it to `policies.recording`."""
-    if campaign_mode:
-        return RecordingDecision(mode=campaign_mode, reasons=("campaign says so",))
-    return RecordingDecision(mode=default_mode, reasons=("policies.recording",))
+def decide_recording(campaign_mode: str, most: str) -> RecordingDecision:
+    """A campaign can record less than the operator allows, never more; `campaign_mode` "" = as much as is allowed."""
+    if not campaign_mode:
+        return RecordingDecision(mode=most, reasons=(f"operator's setting: {most}",))
+    mode = min(campaign_mode, most, key=RECORDING_MODES.index)
+    return RecordingDecision(mode=mode, reasons=(f"campaign asks for {campaign_mode}", f"operator allows {most}"))

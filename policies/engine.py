@@ -1,13 +1,14 @@
 """The one door to the policies: facts about a call in, decisions with their reasons out.
 
-    engine = PolicyEngine.load(config.policies, checkpoint_facts, handoff_uri=config.handoff.uri)
+    engine = PolicyEngine.load(config.policies, checkpoint_facts, handoff_uri=config.handoff.uri,
+                               recording=config.storage.recording_policy, line_keys=frozenset(lines))
     engine.campaigns                     tuple[Campaign, ...]         valid ones, ready for calls
     engine.problems                      tuple[CampaignProblem, ...]  refused ones: .name, .reason (never stops the others)
-    engine.campaign_for(did)             Campaign | None              .name .shop .persona .greeting .tools .order_digits ...
+    engine.campaign_for(did)             Campaign | None              .name .shop .persona .lines .tools .order_digits ...
     engine.admit(facts, num_calls, max_calls)   AdmissionDecision     404 unknown number, 503 + Retry-After full or campaign refused
     engine.style(facts)                  StyleDecision                language, dialect, emotion, rate, instruction, reasons
     engine.system_prompt(facts)          str                          for OpenStream.system_prompt
-    engine.disclose(facts)               Disclosure                   .greeting, .notice (protected: heard in full), .reasons
+    engine.disclose(facts)               Disclosure                   .line: key of the protected sentence to be heard in full
     engine.recording(facts)              RecordingDecision            .mode off | after_notice | always, .reasons
     engine.escalate(facts)               EscalationDecision           none | offer_keypad | transfer | callback_request
 
@@ -43,19 +44,29 @@ class PolicyEngine:
     campaigns: tuple[Campaign, ...]
     problems: tuple[CampaignProblem, ...] = ()
     handoff_uri: str = ""
+    most_recording: str = "after_notice"
 
     @classmethod
-    def load(cls, config: PoliciesConfig, checkpoint: CheckpointFacts, handoff_uri: str = "") -> PolicyEngine:
+    def load(
+        cls,
+        config: PoliciesConfig,
+        checkpoint: CheckpointFacts,
+        *,
+        handoff_uri: str = "",
+        recording: str = "after_notice",
+        line_keys: frozenset[str] = frozenset(),
+    ) -> PolicyEngine:
+        """`recording` is the most that may be recorded; `line_keys` are the fixed sentences a campaign may put in its words."""
         folder = Path(config.campaigns_dir) if config.campaigns_dir else SHIPPED_CAMPAIGNS
         if not folder.is_dir():
             raise ValueError(f"policies.campaigns_dir = {config.campaigns_dir!r}: must be a folder")
-        campaigns, problems = load_campaigns(folder, checkpoint)
+        campaigns, problems = load_campaigns(folder, checkpoint, line_keys)
         names = {campaign.name for campaign in campaigns} | {problem.name for problem in problems}
         if config.default_campaign and config.default_campaign not in names:
             raise ValueError(
                 f"policies.default_campaign = {config.default_campaign!r}: must be one of {', '.join(sorted(names))}"
             )
-        return cls(config=config, campaigns=campaigns, problems=problems, handoff_uri=handoff_uri)
+        return cls(config, campaigns, problems, handoff_uri, recording)
 
     def campaign_for(self, did: str) -> Campaign | None:
         by_number = next((c for c in self.campaigns if did in c.dids), None)
@@ -92,10 +103,10 @@ class PolicyEngine:
         return " ".join(sentences)
 
     def recording(self, facts: CallFacts) -> RecordingDecision:
-        return decide_recording(self._campaign(facts).recording, self.config.recording)
+        return decide_recording(self._campaign(facts).recording, self.most_recording)
 
     def disclose(self, facts: CallFacts) -> Disclosure:
-        return disclose(self._campaign(facts).persona.greeting, self.recording(facts))
+        return disclose(self.recording(facts))
 
     def escalate(self, facts: CallFacts) -> EscalationDecision:
         uri = self._campaign(facts).handoff_uri or self.handoff_uri

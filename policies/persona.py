@@ -1,4 +1,4 @@
-"""Who the agent is in a campaign: name, greeting, and the sentence of the system prompt that says so.
+"""Who the agent is in a campaign: its name, and the sentence of the system prompt that says so.
 
 The wording is the text form that the language model was trained on (lower case, short sentences); a test compares it with
 the training corpus, because the two islands may not import each other.
@@ -11,7 +11,6 @@ import msgspec
 
 class Persona(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     name: str
-    greeting: str  # the first words of every call, spoken before the notice
 
     def introduction(self, shop: str) -> str:
         """`Persona(name="anna", ...).introduction("acme")` -> "you are anna at acme."""
