@@ -1,0 +1,192 @@
+"""The `[telephony]` section of config.toml: every setting of the island, with unit, meaning and range.
+
+Checked once, at construction; nothing else in the island reads a file or an environment variable. Errors have one form:
+`telephony.ptime_ms = 25: must be 10, 20, 30 or 40`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, fields
+from typing import Any
+
+SECTION = "telephony"
+PTIMES_MS = (10, 20, 30, 40)
+CODECS = ("PCMU/8000", "PCMA/8000")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TelephonyConfig:
+    """One media worker and the agent's side of it."""
+
+    sip_bind: str = "127.0.0.1"
+    """Address that SIP and RTP bind to. Anything but loopback needs `allowed_sources`."""
+
+    sip_port: int = 5060
+    """UDP port of SIP; 0 = any free one (the worker says which in `Hello`)."""
+
+    public_address: str = ""
+    """Address written into Contact and SDP when it is not `sip_bind` (behind 1:1 NAT); empty = `sip_bind`."""
+
+    rtp_port_first: int = 0
+    """First UDP port of RTP; 0 = a free range chosen at start."""
+
+    max_calls: int = 3
+    """Calls at once in one worker. The pjsua2 wheel holds 4 and refuses by itself with 486, so stay below it: then it is
+    we who answer 503 with Retry-After."""
+
+    retry_after_s: int = 5
+    """Retry-After of our 503 (RFC 3261 §20.33)."""
+
+    codecs: tuple[str, ...] = CODECS
+    """Codecs offered and accepted, best first; no common codec = 488."""
+
+    ptime_ms: int = 20
+    """Length of one RTP packet."""
+
+    allowed_sources: tuple[str, ...] = ()
+    """Networks (CIDR) that may send us INVITEs; empty = loopback only. Others get 403."""
+
+    outbound_hosts: tuple[str, ...] = ("127.0.0.1", "localhost")
+    """Hosts an outbound INVITE may go to: `host` or `host:port`. Everything else is refused before a packet leaves."""
+
+    user_agent: str = "MinMo"
+    """User-Agent and Server header."""
+
+    from_user: str = "minmo"
+    """User part of From in outbound calls."""
+
+    answer_timeout_s: float = 20.0
+    """An INVITE the agent neither answers nor rejects for so long gets 503."""
+
+    no_answer_timeout_s: float = 45.0
+    """An outbound INVITE not answered for so long is cancelled (cause no_answer)."""
+
+    refer_timeout_s: float = 30.0
+    """No final NOTIFY after a REFER for so long counts as 408."""
+
+    rtp_timeout_s: float = 30.0
+    """A confirmed call whose party sends no RTP for so long (and is not on hold) is ended, cause media_timeout; 0 = never."""
+
+    apology_wav: str = ""
+    """16-bit mono WAV played to callers whose agent died or stalled; read at start. Empty = silence."""
+
+    agent_lost_hold_s: float = 10.0
+    """How long a call is held for a new agent after the old one is gone."""
+
+    agent_stall_s: float = 4.0
+    """An agent that is connected but shows no sign of life for so long: the apology is played once."""
+
+    handoff_uri: str = ""
+    """Where a call goes (blind REFER) when no agent came back in time; empty = BYE."""
+
+    drain_s: float = 30.0
+    """After SIGTERM: how long calls may still last before BYE."""
+
+    max_unplayed_s: float = 30.0
+    """Agent audio a leg keeps unplayed; `Play` beyond it is refused."""
+
+    progress_ms: int = 100
+    """Longest time between two `PlayoutProgress` of a playing item."""
+
+    duck_ramp_ms: int = 10
+    """Length of the gain ramp of `Duck` and of `Resume` (a step would click)."""
+
+    vad_mode: int = 2
+    """WebRTC voice activity mode, 0 (lets most through) to 3 (strictest)."""
+
+    vad_min_dbov: float = -50.0
+    """Caller audio below this level is never voiced."""
+
+    vad_onset_ms: int = 40
+    """Voiced audio needed within `vad_onset_window_ms` to say that speech began."""
+
+    vad_onset_window_ms: int = 80
+    """Window of the onset decision."""
+
+    vad_hangover_ms: int = 160
+    """How long `voiced` stays true after the last voiced frame (gaps inside words)."""
+
+    echo_max_delay_ms: int = 400
+    """Longest line echo the residual-echo gate looks for; 0 = gate off."""
+
+    wire_voiced_dbov: float = -45.0
+    """Level above which 10 ms count as voiced in the wire metrics."""
+
+    wire_onset_ms: int = 30
+    """Voiced audio in a row that makes an onset in the wire metrics (its first sample is reported)."""
+
+    wire_hangover_ms: int = 200
+    """Unvoiced audio that makes an offset in the wire metrics (the last voiced sample is reported)."""
+
+    def __post_init__(self) -> None:
+        for name in ("codecs", "allowed_sources", "outbound_hosts"):  # TOML gives lists
+            value = getattr(self, name)
+            if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+                raise refusal(name, value, "must be a list of strings")
+            object.__setattr__(self, name, tuple(value))
+        self._check_types()
+        self._check_ranges()
+        self._check_codecs()
+        self._check_binding()
+
+    def _check_types(self) -> None:
+        for field in fields(self):
+            value, default = getattr(self, field.name), field.default
+            if isinstance(default, tuple):
+                continue
+            allowed = (int, float) if isinstance(default, float) else (type(default),)
+            if not isinstance(value, allowed) or isinstance(value, bool):
+                raise refusal(field.name, value, f"must be a {type(default).__name__}")
+
+    def _check_ranges(self) -> None:
+        ranges: dict[str, tuple[float, float]] = {
+            "sip_port": (0, 65535), "rtp_port_first": (0, 65000), "max_calls": (1, 512), "retry_after_s": (0, 3600),
+            "answer_timeout_s": (0.1, 180), "no_answer_timeout_s": (1, 600), "refer_timeout_s": (0.1, 180),
+            "rtp_timeout_s": (0, 3600), "agent_lost_hold_s": (0, 120), "agent_stall_s": (0.5, 120), "drain_s": (0, 3600),
+            "max_unplayed_s": (1, 120), "progress_ms": (10, 100), "duck_ramp_ms": (0, 200), "vad_mode": (0, 3),
+            "vad_min_dbov": (-90, 0), "vad_onset_ms": (10, 500), "vad_onset_window_ms": (10, 1000),
+            "vad_hangover_ms": (0, 2000), "echo_max_delay_ms": (0, 1000), "wire_voiced_dbov": (-90, 0),
+            "wire_onset_ms": (10, 500), "wire_hangover_ms": (10, 2000),
+        }  # fmt: skip
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise refusal(name, value, f"must be {low} to {high}")
+        if self.ptime_ms not in PTIMES_MS:
+            raise refusal("ptime_ms", self.ptime_ms, "must be 10, 20, 30 or 40")
+        if self.vad_onset_window_ms < self.vad_onset_ms:
+            raise refusal("vad_onset_window_ms", self.vad_onset_window_ms, f"must be at least vad_onset_ms ({self.vad_onset_ms})")
+
+    def _check_codecs(self) -> None:
+        if not self.codecs or any(codec not in CODECS for codec in self.codecs):
+            raise refusal("codecs", list(self.codecs), f"must be one or more of {', '.join(CODECS)}")
+
+    def _check_binding(self) -> None:
+        """Closed by default: a public bind without an allow-list of sources does not start."""
+        try:
+            bind = ipaddress.ip_address(self.sip_bind)
+        except ValueError:
+            raise refusal("sip_bind", self.sip_bind, "must be an IP address") from None
+        for source in self.allowed_sources:
+            try:
+                ipaddress.ip_network(source)
+            except ValueError:
+                raise refusal("allowed_sources", source, "must be networks such as 192.0.2.0/24") from None
+        if not bind.is_loopback and not self.allowed_sources:
+            raise refusal("sip_bind", self.sip_bind, "must be a loopback address unless telephony.allowed_sources is set")
+        if self.handoff_uri and not self.handoff_uri.startswith(("sip:", "sips:", "tel:")):
+            raise refusal("handoff_uri", self.handoff_uri, "must start with sip:, sips: or tel:")
+
+    @property
+    def sample_rate_hz(self) -> int:
+        """The leg's rate; G.711 is 8 kHz."""
+        return 8000
+
+    @property
+    def samples_per_frame(self) -> int:
+        return self.sample_rate_hz * self.ptime_ms // 1000
+
+
+def refusal(key: str, value: Any, allowed: str) -> ValueError:
+    return ValueError(f"{SECTION}.{key} = {value!r}: {allowed}")

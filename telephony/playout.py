@@ -1,0 +1,185 @@
+"""Play-out of one leg: items in, exactly as many samples out as the wire asks for, and the truth about what was played.
+
+Pulled by the wire: the media callback (or the loopback's virtual clock) takes its next samples, so nothing is ever ahead of
+the wire but the frame just handed over, and flush, pause, resume and duck act on the exact next sample. The agent may
+queue up to `max_unplayed_s` beforehand; a stuck agent therefore delays nothing that it has already said.
+No clock, no thread, no socket: time is the number of samples pulled (walk: hops 12 and 13).
+
+Items play one after another in the order they were first named. An item whose last chunk was not given yet holds its place:
+silence leaves until more arrives, later items wait. A flushed item is closed: chunks that come late are dropped.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from telephony.config import TelephonyConfig
+from telephony.leg import Flushed, LegError, LegEvent, PlayoutProgress, WireMetric
+
+_REMEMBERED_ITEMS = 256  # closed items whose counts can still be asked for
+_DUCKED_GAIN = 10 ** (-12 / 20)  # 12 dB down counts as ducked
+
+
+@dataclass
+class _Item:
+    chunks: deque[bytes] = field(default_factory=deque)
+    offset: int = 0  # bytes of chunks[0] already played
+    unplayed_samples: int = 0
+    played_samples: int = 0
+    is_complete: bool = False  # its last chunk was given
+
+    def take(self, num_samples: int) -> bytes:
+        parts, wanted = [], 2 * min(num_samples, self.unplayed_samples)
+        taken = wanted
+        while wanted:
+            chunk = self.chunks[0]
+            part = chunk[self.offset : self.offset + wanted]
+            parts.append(part)
+            wanted -= len(part)
+            self.offset += len(part)
+            if self.offset == len(chunk):
+                self.chunks.popleft()
+                self.offset = 0
+        self.unplayed_samples -= taken // 2
+        self.played_samples += taken // 2
+        return b"".join(parts)
+
+
+class Playout:
+    """Changed by one thread only: whoever pulls."""
+
+    def __init__(self, leg_id: str, config: TelephonyConfig) -> None:
+        rate = config.sample_rate_hz
+        self._leg_id = leg_id
+        self._max_unplayed_samples = int(config.max_unplayed_s * rate)
+        self._progress_samples = config.progress_ms * rate // 1000
+        self._ramp_samples = max(1, config.duck_ramp_ms * rate // 1000)
+        self._items: OrderedDict[str, _Item] = OrderedDict()
+        self._closed: OrderedDict[str, int] = OrderedDict()  # item_id -> samples played
+        self._gain, self._target_gain, self._gain_step = 1.0, 1.0, 0.0
+        self._is_ducked = False
+        self.is_paused = False
+        self._reported_at = 0  # sample of the last PlayoutProgress
+        self.sample = 0  # the leg's clock: samples pulled so far
+
+    # -------------------------------------------------------------- commands
+
+    def play(self, item_id: str, pcm: bytes, is_final: bool = False) -> None:
+        """Append int16 mono at the leg's rate. LegError when more than `max_unplayed_s` would wait."""
+        if item_id in self._closed:
+            return
+        num_samples = len(pcm) // 2
+        if self.unplayed_samples + num_samples > self._max_unplayed_samples:
+            raise LegError(f"Play {item_id!r}: {self.unplayed_samples} samples unplayed, at most {self._max_unplayed_samples}")
+        item = self._items.setdefault(item_id, _Item())
+        if pcm:
+            item.chunks.append(pcm)
+            item.unplayed_samples += num_samples
+        item.is_complete = item.is_complete or is_final
+
+    def flush(self, item_id: str = "") -> list[Flushed]:
+        """Drop what is unplayed; one answer for each item dropped. A named item is answered even when it had ended."""
+        if item_id and item_id not in self._items:
+            return [Flushed(leg_id=self._leg_id, item_id=item_id, played_samples=self._closed.setdefault(item_id, 0))]
+        dropped = [item_id] if item_id else list(self._items)
+        return [self._close(name) for name in dropped]
+
+    def duck(self, gain_db: float) -> None:
+        self._ramp_to(10 ** (min(0.0, gain_db) / 20))
+
+    def pause(self) -> None:
+        self.is_paused = True
+
+    def resume(self) -> None:
+        self.is_paused = False
+        self._ramp_to(1.0)
+
+    # ------------------------------------------------------------------ wire
+
+    def pull(self, num_samples: int) -> tuple[bytes, list[LegEvent]]:
+        """The next `num_samples` for the wire, and what became true by sending them."""
+        parts: list[bytes] = []
+        events: list[LegEvent] = []
+        missing = 0 if self.is_paused else num_samples
+        while missing and self._items:
+            item_id, item = next(iter(self._items.items()))
+            part = item.take(missing)
+            parts.append(part)
+            missing -= len(part) // 2
+            if item.is_complete and not item.unplayed_samples:
+                events.append(self._progress(item_id, item, is_finished=True))
+                self._remember(item_id, item.played_samples)
+            elif not part:
+                break
+        played = sum(map(len, parts)) // 2
+        parts.append(bytes(2 * (num_samples - played)))
+        pcm = self._with_gain(b"".join(parts), events)
+        self.sample += num_samples
+        if played and self._items and self.sample - self._reported_at >= self._progress_samples:
+            item_id, item = next(iter(self._items.items()))
+            if item.played_samples:
+                events.append(self._progress(item_id, item, is_finished=False))
+        return pcm, events
+
+    @property
+    def unplayed_samples(self) -> int:
+        return sum(item.unplayed_samples for item in self._items.values())
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._items
+
+    # --------------------------------------------------------------- private
+
+    def _progress(self, item_id: str, item: _Item, is_finished: bool) -> PlayoutProgress:
+        self._reported_at = self.sample
+        return PlayoutProgress(leg_id=self._leg_id, item_id=item_id, played_samples=item.played_samples, is_finished=is_finished)
+
+    def _close(self, item_id: str) -> Flushed:
+        item = self._items[item_id]
+        self._remember(item_id, item.played_samples)
+        return Flushed(leg_id=self._leg_id, item_id=item_id, played_samples=item.played_samples)
+
+    def _remember(self, item_id: str, played_samples: int) -> None:
+        del self._items[item_id]
+        self._closed[item_id] = played_samples
+        while len(self._closed) > _REMEMBERED_ITEMS:
+            self._closed.popitem(last=False)
+
+    def _ramp_to(self, gain: float) -> None:
+        self._target_gain = gain
+        self._gain_step = (gain - self._gain) / self._ramp_samples
+
+    def _with_gain(self, pcm: bytes, events: list[LegEvent]) -> bytes:
+        """Apply the gain ramp; note the sample at which the agent became 12 dB quieter, or loud again."""
+        if self._gain == self._target_gain:
+            if self._gain == 1.0:
+                return pcm
+            gains = np.full(len(pcm) // 2, self._gain)
+        else:
+            low, high = sorted((self._gain, self._target_gain))
+            steps = np.arange(1, len(pcm) // 2 + 1)
+            gains = np.clip(self._gain + self._gain_step * steps, low, high)
+            # the last step of a ramp must land on the target in spite of rounding
+            gains = np.where(np.abs(gains - self._target_gain) < abs(self._gain_step) / 2, self._target_gain, gains)
+            self._note_ducking(gains, events)
+            self._gain = float(gains[-1])
+        samples = np.frombuffer(pcm, "<i2") * gains
+        return np.rint(samples).astype("<i2").tobytes()
+
+    def _note_ducking(self, gains: np.ndarray, events: list[LegEvent]) -> None:
+        threshold = max(_DUCKED_GAIN, self._target_gain)  # a shallow duck counts when its ramp ends
+        if self._target_gain < 1.0 and not self._is_ducked:
+            crossed = np.flatnonzero(gains <= threshold + 1e-9)
+            kind = "agent_ducked"
+        elif self._target_gain == 1.0 and self._is_ducked:
+            crossed = np.flatnonzero(gains > _DUCKED_GAIN)
+            kind = "agent_unducked"
+        else:
+            return
+        if crossed.size:
+            self._is_ducked = kind == "agent_ducked"
+            events.append(WireMetric(leg_id=self._leg_id, kind=kind, sample=self.sample + int(crossed[0])))

@@ -1,0 +1,144 @@
+"""Shared-memory rings between a media worker and the agent: one byte ring per direction, one writer, one reader each.
+
+A ring carries whole records (a kind and a payload). Neither side ever waits for the other: a full ring refuses the record
+and says so, an empty one returns nothing. The media callback therefore never blocks on a stuck agent (walk: hops 1 and 13).
+The memory is an anonymous memfd handed over the Unix socket, so nothing is left behind when a process is killed.
+
+Positions are 64-bit counters that only grow; each is written by one side only, as one aligned store. On x86-64 (the one
+supported architecture) stores are seen in program order, so payload before position is enough and no lock is needed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import struct
+import time
+from enum import IntEnum
+
+_MAGIC = 0x4D4D52494E473031  # "MMRING01"
+_HEADER_BYTES = 256
+_OFFSET_MAGIC, _OFFSET_CAPACITY, _OFFSET_WRITTEN, _OFFSET_READ, _OFFSET_ALIVE = 0, 8, 64, 128, 192  # own cache lines
+_RECORD = struct.Struct("<II")  # kind, payload bytes
+_AUDIO = struct.Struct("<QI")  # start_sample, samples
+
+
+class RecordKind(IntEnum):
+    AUDIO = 1  # worker -> agent: received and sent samples of one tick
+    EVENT = 2  # worker -> agent: msgpack of a LegEvent
+    COMMAND = 3  # agent -> worker: msgpack of a LegCommand about play-out
+
+
+class ByteRing:
+    """One direction. The same class reads or writes; each process uses one role."""
+
+    def __init__(self, memory: mmap.mmap, offset: int, capacity_bytes: int, is_new: bool) -> None:
+        self._memory = memory
+        self._start = offset + _HEADER_BYTES
+        self.capacity_bytes = capacity_bytes
+        self._magic = self._cell(offset + _OFFSET_MAGIC)
+        self._capacity = self._cell(offset + _OFFSET_CAPACITY)
+        self._written = self._cell(offset + _OFFSET_WRITTEN)
+        self._read = self._cell(offset + _OFFSET_READ)
+        self._alive = self._cell(offset + _OFFSET_ALIVE)
+        if is_new:
+            self._magic.value, self._capacity.value = _MAGIC, capacity_bytes
+        if self._magic.value != _MAGIC or self._capacity.value != capacity_bytes:
+            raise ValueError(f"not a ring of {capacity_bytes} bytes (magic {self._magic.value:#x}, {self._capacity.value} bytes)")
+
+    def _cell(self, offset: int) -> ctypes.c_uint64:
+        return ctypes.c_uint64.from_buffer(self._memory, offset)
+
+    @property
+    def free_bytes(self) -> int:
+        return self.capacity_bytes - (self._written.value - self._read.value)
+
+    def write(self, kind: RecordKind, payload: bytes, keep_free_bytes: int = 0) -> bool:
+        """Append one record; False (and no change) when fewer than `keep_free_bytes` would stay free."""
+        record = _RECORD.pack(kind, len(payload)) + payload
+        if self.free_bytes - len(record) < keep_free_bytes:
+            return False
+        position = self._written.value
+        at = position % self.capacity_bytes
+        first = min(len(record), self.capacity_bytes - at)
+        self._memory[self._start + at : self._start + at + first] = record[:first]
+        if first < len(record):
+            self._memory[self._start : self._start + len(record) - first] = record[first:]
+        self._written.value = position + len(record)
+        return True
+
+    def read(self) -> list[tuple[RecordKind, bytes]]:
+        """All whole records written so far, oldest first."""
+        position, end = self._read.value, self._written.value
+        records = []
+        while position < end:
+            kind, size = _RECORD.unpack(self._copy(position, _RECORD.size))
+            records.append((RecordKind(kind), self._copy(position + _RECORD.size, size)))
+            position += _RECORD.size + size
+        self._read.value = position
+        return records
+
+    def _copy(self, position: int, size: int) -> bytes:
+        at = position % self.capacity_bytes
+        first = min(size, self.capacity_bytes - at)
+        start = self._start + at
+        head = self._memory[start : start + first]
+        return head if first == size else head + self._memory[self._start : self._start + size - first]
+
+    def mark_alive(self) -> None:
+        """The writer's sign of life (CLOCK_MONOTONIC is one clock for all processes of a machine)."""
+        self._alive.value = time.monotonic_ns()
+
+    @property
+    def alive_at_s(self) -> float:
+        return self._alive.value / 1e9
+
+    def release(self) -> None:
+        """Let go of the memory, so that the map can be closed."""
+        del self._magic, self._capacity, self._written, self._read, self._alive
+
+
+class LegRings:
+    """Both rings of one leg: `to_agent` (caller audio, play-out events) and `to_worker` (play-out commands)."""
+
+    def __init__(self, fd: int, to_agent_bytes: int, to_worker_bytes: int, is_new: bool) -> None:
+        self.fd = fd
+        self.to_agent_bytes, self.to_worker_bytes = to_agent_bytes, to_worker_bytes
+        size = 2 * _HEADER_BYTES + to_agent_bytes + to_worker_bytes
+        if is_new:
+            os.ftruncate(fd, size)
+        elif os.fstat(fd).st_size != size:
+            raise ValueError(f"ring memory has {os.fstat(fd).st_size} bytes, expected {size}")
+        self._memory = mmap.mmap(fd, size)
+        self.to_agent = ByteRing(self._memory, 0, to_agent_bytes, is_new)
+        self.to_worker = ByteRing(self._memory, _HEADER_BYTES + to_agent_bytes, to_worker_bytes, is_new)
+
+    @classmethod
+    def create(cls, sample_rate_hz: int, seconds: float) -> LegRings:
+        """Rings for `seconds` of audio each (both directions' samples travel to the agent), plus room for events."""
+        audio_bytes = _round_up(int(sample_rate_hz * seconds) * 2)
+        fd = os.memfd_create("minmo-leg", os.MFD_CLOEXEC)
+        return cls(fd, 2 * audio_bytes + 2**17, audio_bytes + 2**17, is_new=True)
+
+    def close(self) -> None:
+        self.to_agent.release()
+        self.to_worker.release()
+        self._memory.close()
+        os.close(self.fd)
+
+
+def pack_audio(start_sample: int, received: bytes, sent: bytes) -> bytes:
+    """One tick of the wire: equally many received and sent samples."""
+    assert len(received) == len(sent), (len(received), len(sent))
+    return _AUDIO.pack(start_sample, len(received) // 2) + received + sent
+
+
+def unpack_audio(payload: bytes) -> tuple[int, bytes, bytes]:
+    start_sample, num_samples = _AUDIO.unpack_from(payload)
+    middle = _AUDIO.size + 2 * num_samples
+    return start_sample, payload[_AUDIO.size : middle], payload[middle : middle + 2 * num_samples]
+
+
+def _round_up(size: int) -> int:
+    return -(-size // 4096) * 4096
