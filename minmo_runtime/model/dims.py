@@ -67,3 +67,28 @@ class BackboneDims(Dims):
             )
         if self.head_dim % 2:
             raise ValueError(f"backbone: head_dim {self.head_dim} must be even (rotary pairs)")
+
+
+@dataclass(frozen=True)
+class EncoderDims(Dims):
+    """Voice encoder. SenseVoice-Small: front_end "lfr", m 7, n 6, fsmn_padding "symmetric", chunk_frames 0 (full context)."""
+
+    output_size: int
+    attention_heads: int
+    linear_units: int
+    num_blocks: int
+    vocab_size: int
+    kernel_size: int = 11
+    tp_blocks: int = 0
+    num_mel_bins: int = 80
+    front_end: str = "conv"  # "conv": two causal stride-2 convolutions; "lfr": stacked frames
+    lfr_m: int = 1
+    lfr_n: int = 1
+    fsmn_padding: str = "causal"
+    chunk_frames: int = 0  # encoder frames seen at once; 0 = full context
+    left_context_frames: int = 0
+    num_queries: int = 0
+    has_cmvn: bool = False  # mean and variance travel in the weights
+    languages: tuple[str, ...] = ()
+    emotions: tuple[str, ...] = ()
+    events: tuple[str, ...] = ()
