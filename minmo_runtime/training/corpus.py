@@ -1,0 +1,311 @@
+"""What callers and agents say, as text, from a seed: the spoken sentences that speech synthesis reads, and the pieces of
+which `dialogues` builds whole calls.
+
+Phrasings marked "held" and a reserved fifth of all order numbers never reach a training split. Knows nothing of audio or of
+tokens. Stage 0a. Data: phrases.toml (callers), replies.toml (model), the agent's own fixed lines (lines.toml of the agent).
+"""
+
+from __future__ import annotations
+
+import random
+import tomllib
+import zlib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from minmo_runtime.text import DIGIT_WORDS, speak_digits, time_words
+from minmo_runtime.training.general import general_sentence, random_words
+
+HERE = Path(__file__).parent
+# Training reads the sentences that the agent says by itself, so that the voice knows them. A data file, not an import.
+AGENT_LINES = HERE.parents[1] / "agent" / "prompts" / "lines.toml"
+SPLITS = ("train", "held")
+NUM_DIGITS = 5
+WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
+DAYS = (*WEEKDAYS, "today", "tomorrow")
+NAMES = "mia emma anna leo max nora sam lucy alex eva tom julia ben clara david sarah paul lena mark nina".split()
+SHOPS = (
+    "the garden shop",
+    "the book store",
+    "north star",
+    "blue river",
+    "the shoe market",
+    "green hill",
+    "city electronics",
+    "sunny home",
+    "red bird",
+    "the coffee house",
+    "the toy corner",
+    "silver lake",
+)
+RANDOM_SHARE = 0.28  # of caller sentences: words in no order, so that the encoder learns sounds, not phrases
+GENERAL_SHARE = 0.25  # of agent sentences
+
+
+@cache
+def phrases() -> dict[str, Any]:
+    return tomllib.loads((HERE / "phrases.toml").read_text(encoding="utf-8"))
+
+
+@cache
+def replies() -> dict[str, str]:
+    table = tomllib.loads((HERE / "replies.toml").read_text(encoding="utf-8"))
+    return {"more": table["more"], **table["replies"]}
+
+
+@cache
+def agent_lines() -> tuple[str, ...]:
+    """The agent's fixed sentences; empty where only the runtime is installed."""
+    if not AGENT_LINES.exists():
+        return ()
+    found: list[str] = []
+
+    def collect(value: Any) -> None:
+        if isinstance(value, str):
+            found.append(value)
+        elif isinstance(value, list):
+            for item in value:
+                collect(item)
+        elif isinstance(value, dict):
+            for item in value.values():
+                collect(item)
+
+    collect(tomllib.loads(AGENT_LINES.read_text(encoding="utf-8")))
+    return tuple(line for line in found if " " in line)
+
+
+# ---------------------------------------------------------------- slots
+
+
+def is_reserved_number(digits: str) -> bool:
+    """A fifth of all numbers, drawn by a hash that does not change between runs, is kept for tests."""
+    return zlib.crc32(digits.encode()) % 5 == 0
+
+
+def order_number(rng: random.Random, split: str) -> str:
+    """Five digits of this split; half of them with a repeated neighbour, where small models lose their place."""
+    while True:
+        digits = [rng.choice("0123456789") for _ in range(NUM_DIGITS)]
+        if rng.random() < 0.4:
+            at = rng.randrange(NUM_DIGITS - 1)
+            digits[at + 1] = digits[at]
+            if rng.random() < 0.25 and at + 2 < NUM_DIGITS:
+                digits[at + 2] = digits[at]
+        number = "".join(digits)
+        if is_reserved_number(number) == (split == "held"):
+            return number
+
+
+def spoken_number(number: str, rng: random.Random) -> str:
+    """Digit words; sometimes "oh", "double six", a hesitation."""
+    zero = "oh" if rng.random() < 0.4 else "zero"
+    uses_double = rng.random() < 0.35
+    hesitates = rng.random() < 0.06
+    words: list[str] = []
+    at = 0
+    while at < len(number):
+        digit = zero if number[at] == "0" else DIGIT_WORDS[int(number[at])]
+        if uses_double and number[at : at + 3] == number[at] * 3 and rng.random() < 0.5:
+            words += ["triple", digit]
+            at += 3
+        elif uses_double and number[at : at + 2] == number[at] * 2:
+            words += ["double", digit]
+            at += 2
+        else:
+            words.append(digit)
+            at += 1
+        if hesitates and at < len(number) and rng.random() < 0.3:
+            words.append(rng.choice(("uh", "um")))
+    return " ".join(words)
+
+
+def restarted_number(number: str, rng: random.Random) -> str:
+    """A false start and a correction; often one that nearly equals the number itself."""
+    wrong = list(number)
+    if rng.random() < 0.6:
+        at = rng.randrange(len(wrong))
+        wrong[at] = rng.choice([digit for digit in "0123456789" if digit != number[at]])
+    else:
+        wrong = [rng.choice("0123456789") for _ in number]
+    if rng.random() < 0.6:
+        wrong = wrong[: rng.randint(2, len(wrong))]
+    turn = rng.choice(("no", "sorry", "no sorry", "no wait", "wait", "i mean", "no i mean", "sorry i mean", "no it is"))
+    return f"{spoken_number(''.join(wrong), rng)} {turn} {spoken_number(number, rng)}"
+
+
+def day(rng: random.Random) -> str:
+    return rng.choice(DAYS) if rng.random() < 0.4 else rng.choice(WEEKDAYS)
+
+
+def on_day(name: str) -> str:
+    """ "on monday", but "today"."""
+    return f"on {name}" if name in WEEKDAYS else name
+
+
+def fill_phrase(template: str, spoken: str, day_name: str) -> str:
+    """Put a spoken number and a day into a caller's phrasing; "on today" becomes "today"."""
+    if day_name not in WEEKDAYS:
+        for preposition in ("on ", "this ", "next "):
+            template = template.replace(preposition + "{d}", "{d}")
+    return template.replace("{n}", spoken).replace("{d}", day_name)
+
+
+def phrase(intent: str, split: str, rng: random.Random) -> str:
+    """A template of the intent; wrapped by openers, polite requests and closers where they fit."""
+    table = phrases()
+    text: str = rng.choice(table[intent][split])
+    if intent.startswith(("order_status", "hours")) and text.startswith(("when ", "where ", "what ", "how ", "which ")):
+        if rng.random() < 0.15:
+            text = f"{rng.choice(table['requests'])} {text}"
+    if intent in WRAPPED_INTENTS:
+        if rng.random() < 0.3:
+            text = f"{rng.choice(table['openers'])} {text}"
+        if rng.random() < 0.12:
+            text = f"{text} {rng.choice(table['closers'])}"
+    elif intent in ("number_only", "day_only") and rng.random() < 0.12:
+        text = f"{rng.choice(('uh', 'um', 'yes', 'okay', 'sure', 'so', 'well', 'yes sure', 'of course'))} {text}"
+    if rng.random() < 0.05:
+        words = text.split()
+        words.insert(rng.randint(0, len(words)), rng.choice(table["fillers"]))
+        text = " ".join(words)
+    return text
+
+
+WRAPPED_INTENTS = frozenset(
+    "order_status order_status_number hours_day hours change change_day change_number change_both person trouble "
+    "who_are_you are_you_robot what_can_you_do off_topic how_are_you slower".split()
+)
+INTENTS = tuple(name for name, value in phrases().items() if isinstance(value, dict))
+
+
+# ---------------------------------------------------------------- sentences for speech synthesis
+
+
+def caller_utterance(rng: random.Random, split: str) -> str:
+    """One sentence as a caller speaks it: letters, spaces and apostrophes only."""
+    draw = rng.random()
+    if draw < RANDOM_SHARE:
+        if rng.random() < 0.35:
+            return general_sentence(rng)
+        words = random_words(rng).split()
+        if rng.random() < 0.3:  # domain words out of their phrases
+            words.insert(rng.randint(0, len(words)), rng.choice((*DAYS, "order", "delivery", "number", "open", "person")))
+        return " ".join(words)
+    if draw < RANDOM_SHARE + 0.17:  # bare numbers: the words that matter most
+        number = order_number(rng, split)
+        if rng.random() < 0.25:
+            number = "".join(rng.choice("0123456789") for _ in range(rng.choice((1, 2, 3, 4, 6, 7))))
+        return spoken_number(number, rng)
+    intent = rng.choice(_WEIGHTED_INTENTS)
+    number = order_number(rng, split)
+    spoken = restarted_number(number, rng) if rng.random() < 0.06 else spoken_number(number, rng)
+    return fill_phrase(phrase(intent, split, rng), spoken, day(rng))
+
+
+_WEIGHTED_INTENTS = (
+    *INTENTS,
+    *("order_status", "order_status_number", "number_only", "hours_day", "change_day", "change_both", "day_only", "person") * 2,
+)
+
+
+def caller_utterances(seed: int, split: str, count: int = 4000) -> list[str]:
+    """`count` caller sentences in spoken form. The first pass of a training list covers every phrasing of the split."""
+    _check_split(split)
+    rng = random.Random(f"caller/{split}/{seed}")
+    covering = [
+        fill_phrase(template, spoken_number(order_number(rng, split), rng), day(rng))
+        for intent in INTENTS
+        for template in phrases()[intent][split]
+    ]
+    rng.shuffle(covering)
+    # Covering phrasings are counted in, but never push the random words below their share.
+    covering = covering[: int(count * (1 - RANDOM_SHARE) / 2)]
+    out = covering + [_uncovered(rng, split, len(covering), count) for _ in range(count - len(covering))]
+    rng.shuffle(out)
+    return out
+
+
+def _uncovered(rng: random.Random, split: str, num_covering: int, count: int) -> str:
+    extra = RANDOM_SHARE * num_covering / max(1, count - num_covering)
+    if rng.random() < extra:
+        return general_sentence(rng) if rng.random() < 0.35 else random_words(rng)
+    return caller_utterance(rng, split)
+
+
+def reply(family: str, **slots: str) -> str:
+    """The agent's sentence of a family, slots filled in written form (digits)."""
+    text = replies()[family]
+    if "on_d" in slots:
+        text = text.replace("{on_d}", slots["on_d"])
+    return text.format(**{key: value for key, value in slots.items() if key != "on_d"})
+
+
+def random_slots(rng: random.Random, split: str) -> dict[str, str]:
+    day_name = day(rng)
+    return {
+        "n": order_number(rng, split),
+        "on_d": on_day(day_name),
+        "open": time_words(rng.randint(6, 11), rng.choice((0, 0, 0, 30, 15, 45))),
+        "close": time_words(rng.randint(12, 22), rng.choice((0, 0, 0, 30, 15, 45))),
+        "name": rng.choice(NAMES),
+        "shop": rng.choice(SHOPS),
+    }
+
+
+def agent_utterance(rng: random.Random, split: str) -> str:
+    """One sentence (or answer of several) as the agent writes it: digits not yet spoken out."""
+    if rng.random() < GENERAL_SHARE:
+        text = general_sentence(rng) if rng.random() < 0.75 else random_words(rng, 3, 8)
+        return text + ("?" if text.startswith(("why", "where", "do you", "what")) else ".")
+    slots = random_slots(rng, split)
+    draw = rng.random()
+    if draw < 0.1 and agent_lines():
+        return rng.choice(agent_lines()).format_map(_Keep(slots))
+    if draw < 0.16:
+        return greeting(rng, slots["name"], slots["shop"])
+    family = rng.choice(_WEIGHTED_REPLIES)
+    text = reply(family, **slots)
+    if family in SPOKEN_WITH_MORE and rng.random() < 0.5:
+        text = f"{text} {replies()['more']}"
+    return text
+
+
+SPOKEN_WITH_MORE = frozenset("shipped delivered delayed preparing returned cancelled unpaid open_hours closed changed too_late".split())
+_WEIGHTED_REPLIES = (*(name for name in replies() if name != "more"), *sorted(SPOKEN_WITH_MORE), "shipped", "open_hours", "changed")
+
+
+class _Keep(dict[str, str]):
+    """format_map that leaves unknown placeholders out."""
+
+    def __missing__(self, key: str) -> str:
+        return ""
+
+
+def greeting(rng: random.Random, name: str, shop: str) -> str:
+    return rng.choice(
+        (
+            f"hello, this is {name}. how can i help you?",
+            f"hello, this is {name} from {shop}. how can i help you?",
+            f"welcome to {shop}. my name is {name}. how can i help you?",
+            f"good morning, this is {shop}. how can i help you?",
+            f"hi, {name} here. what can i do for you?",
+        )
+    )
+
+
+def agent_utterances(seed: int, split: str, count: int = 4000) -> list[str]:
+    """`count` agent sentences in spoken form with light punctuation; every reply family and every fixed line is among them."""
+    _check_split(split)
+    rng = random.Random(f"agent/{split}/{seed}")
+    slots = random_slots(rng, split)
+    covering = [reply(family, **slots) for family in replies()]
+    covering += [line.format_map(_Keep(slots)) for line in agent_lines()]
+    texts = covering[:count] + [agent_utterance(rng, split) for _ in range(count - len(covering))]
+    rng.shuffle(texts)
+    return [speak_digits(text) for text in texts]
+
+
+def _check_split(split: str) -> None:
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r}: must be one of {', '.join(SPLITS)}")
