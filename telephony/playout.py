@@ -17,7 +17,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from telephony.config import TelephonyConfig
-from telephony.leg import Flushed, LegError, LegEvent, PlayoutProgress, WireMetric
+from telephony.leg import (
+    Duck, Flush, Flushed, LegCommand, LegError, LegEvent, Pause, Play, PlayoutProgress, Resume, WireMetric,
+)  # fmt: skip
 
 _REMEMBERED_ITEMS = 256  # closed items whose counts can still be asked for
 _DUCKED_GAIN = 10 ** (-12 / 20)  # 12 dB down counts as ducked
@@ -67,13 +69,34 @@ class Playout:
 
     # -------------------------------------------------------------- commands
 
+    def apply(self, command: LegCommand) -> list[Flushed]:
+        """One play-out command; only `Flush` has an immediate answer."""
+        match command:
+            case Play(item_id=item_id, pcm=pcm, is_final=is_final):
+                self.play(item_id, pcm, is_final)
+            case Flush(item_id=item_id):
+                return self.flush(item_id)
+            case Duck(gain_db=gain_db):
+                self.duck(gain_db)
+            case Pause():
+                self.pause()
+            case Resume():
+                self.resume()
+            case _:
+                raise AssertionError(f"{type(command).__name__} is not a play-out command")
+        return []
+
+    def check_room(self, item_id: str, num_samples: int) -> None:
+        """LegError when `num_samples` more would make over `max_unplayed_s` wait."""
+        if self.unplayed_samples + num_samples > self._max_unplayed_samples:
+            raise LegError(f"Play {item_id!r}: {self.unplayed_samples} samples unplayed, at most {self._max_unplayed_samples}")
+
     def play(self, item_id: str, pcm: bytes, is_final: bool = False) -> None:
         """Append int16 mono at the leg's rate. LegError when more than `max_unplayed_s` would wait."""
         if item_id in self._closed:
             return
         num_samples = len(pcm) // 2
-        if self.unplayed_samples + num_samples > self._max_unplayed_samples:
-            raise LegError(f"Play {item_id!r}: {self.unplayed_samples} samples unplayed, at most {self._max_unplayed_samples}")
+        self.check_room(item_id, num_samples)
         item = self._items.setdefault(item_id, _Item())
         if pcm:
             item.chunks.append(pcm)
@@ -99,11 +122,11 @@ class Playout:
 
     # ------------------------------------------------------------------ wire
 
-    def pull(self, num_samples: int) -> tuple[bytes, list[LegEvent]]:
-        """The next `num_samples` for the wire, and what became true by sending them."""
+    def pull(self, num_samples: int, is_held: bool = False) -> tuple[bytes, list[LegEvent]]:
+        """The next `num_samples` for the wire, and what became true by sending them. `is_held`: nobody hears us."""
         parts: list[bytes] = []
         events: list[LegEvent] = []
-        missing = 0 if self.is_paused else num_samples
+        missing = 0 if self.is_paused or is_held else num_samples
         while missing and self._items:
             item_id, item = next(iter(self._items.items()))
             part = item.take(missing)
@@ -127,6 +150,10 @@ class Playout:
     @property
     def unplayed_samples(self) -> int:
         return sum(item.unplayed_samples for item in self._items.values())
+
+    def played(self) -> dict[str, int]:
+        """Samples played of every item still remembered, for an agent that takes the call over."""
+        return dict(self._closed) | {name: item.played_samples for name, item in self._items.items()}
 
     @property
     def is_idle(self) -> bool:

@@ -14,12 +14,11 @@ import ctypes
 import mmap
 import os
 import struct
-import time
 from enum import IntEnum
 
 _MAGIC = 0x4D4D52494E473031  # "MMRING01"
-_HEADER_BYTES = 256
-_OFFSET_MAGIC, _OFFSET_CAPACITY, _OFFSET_WRITTEN, _OFFSET_READ, _OFFSET_ALIVE = 0, 8, 64, 128, 192  # own cache lines
+_HEADER_BYTES = 192
+_OFFSET_MAGIC, _OFFSET_CAPACITY, _OFFSET_WRITTEN, _OFFSET_READ = 0, 8, 64, 128  # own cache lines
 _RECORD = struct.Struct("<II")  # kind, payload bytes
 _AUDIO = struct.Struct("<QI")  # start_sample, samples
 
@@ -41,7 +40,6 @@ class ByteRing:
         self._capacity = self._cell(offset + _OFFSET_CAPACITY)
         self._written = self._cell(offset + _OFFSET_WRITTEN)
         self._read = self._cell(offset + _OFFSET_READ)
-        self._alive = self._cell(offset + _OFFSET_ALIVE)
         if is_new:
             self._magic.value, self._capacity.value = _MAGIC, capacity_bytes
         if self._magic.value != _MAGIC or self._capacity.value != capacity_bytes:
@@ -86,17 +84,9 @@ class ByteRing:
         head = self._memory[start : start + first]
         return head if first == size else head + self._memory[self._start : self._start + size - first]
 
-    def mark_alive(self) -> None:
-        """The writer's sign of life (CLOCK_MONOTONIC is one clock for all processes of a machine)."""
-        self._alive.value = time.monotonic_ns()
-
-    @property
-    def alive_at_s(self) -> float:
-        return self._alive.value / 1e9
-
     def release(self) -> None:
         """Let go of the memory, so that the map can be closed."""
-        del self._magic, self._capacity, self._written, self._read, self._alive
+        del self._magic, self._capacity, self._written, self._read
 
 
 class LegRings:

@@ -1,0 +1,205 @@
+"""A leg in memory, driven in virtual time: the same contract as a call over SIP, without network, thread or clock.
+
+Maintained product code: scenario tests, the lab and replay talk to the agent through it. The far end (the caller) is played by
+the methods `ring speak press hang_up cancel hold`; between two `advance` calls no sample passes. Agent audio goes through
+the same play-out, resampler, echo gate, voice activity and wire metrics as on the wire.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+
+import numpy as np
+
+from telephony.config import TelephonyConfig
+from telephony.frames import CallerAudio, Tap
+from telephony.leg import (
+    Answer, DtmfReceived, Flush, Hangup, LegCommand, LegDisconnected, LegEvent, LegIncoming, LegState,
+    LegStateChanged, Play, Refer, ReferResult, Reject,
+)  # fmt: skip
+from telephony.outgoing import OutgoingAudio
+from telephony.playout import Playout
+from telephony.sip.causes import Cause, cause_of_hangup, cause_of_status
+from telephony.states import check_legal, is_playout
+from telephony.wire_metrics import VoicedEnergyMeter
+
+
+class LoopbackLeg:
+    """One inbound call whose caller is the test. `echo_gain` > 0 sends our voice back, `echo_delay_ms` later."""
+
+    direction = "inbound"
+    is_resumed = False
+
+    def __init__(
+        self, leg_id: str, did: str = "100", ani: str = "anonymous", display_name: str = "",
+        config: TelephonyConfig | None = None, echo_gain: float = 0.0, echo_delay_ms: int = 40,
+    ) -> None:  # fmt: skip
+        self.leg_id, self.did, self.ani, self.display_name = leg_id, did, ani, display_name
+        self.config = config or TelephonyConfig()
+        self.sample_rate_hz = self.config.sample_rate_hz
+        self.state = LegState.NULL
+        self.refer_answer = ReferResult(leg_id=leg_id, sip_status=200, reason="OK")  # what the far end says to a REFER
+        self.referred_to: str | None = None
+        self.rejected_with: Reject | None = None
+        self.played_before: dict[str, int] = {}
+        self._playout = Playout(leg_id, self.config)
+        self._outgoing = OutgoingAudio(self.sample_rate_hz)
+        self._caller_audio = CallerAudio(leg_id, self.config)
+        self._meters = {party: VoicedEnergyMeter(leg_id, party, self.config) for party in ("caller", "agent")}
+        self._commands: deque[LegCommand] = deque()
+        self._speech, self._heard = bytearray(), bytearray()
+        self._echo_gain = echo_gain
+        self._echo_line = bytearray(2 * echo_delay_ms * self.sample_rate_hz // 1000)
+        self._is_held = False
+        self._owed_samples = 0  # asked for by `advance`, less than a frame
+        self._events: deque[LegEvent] = deque()
+        self._has_events = asyncio.Event()
+
+    # ------------------------------------------------------------- Leg contract
+
+    async def send(self, command: LegCommand) -> None:
+        self.send_now(command)
+
+    def send_now(self, command: LegCommand) -> None:
+        """`send` for callers without an event loop. Signalling acts at once, play-out commands on the next sample."""
+        check_legal(command, self.state)
+        if is_playout(command):
+            if isinstance(command, Play):
+                command = self._outgoing.at_leg_rate(command)
+                waiting = sum(len(queued.pcm) // 2 for queued in self._commands if isinstance(queued, Play))
+                self._playout.check_room(command.item_id, waiting + len(command.pcm) // 2)
+            elif isinstance(command, Flush):
+                self._outgoing.forget(command.item_id)
+            self._commands.append(command)
+            return
+        match command:
+            case Answer():
+                self._enter(LegState.CONNECTING)
+                self._enter(LegState.CONFIRMED)
+            case Reject(sip_status=sip_status):
+                self.rejected_with = command
+                self._end(cause_of_status(sip_status), sip_status, "agent")
+            case Hangup(cause=cause) if self.state is not LegState.DISCONNECTED:
+                self._end(cause_of_hangup(cause), 200 if self.state is LegState.CONFIRMED else 603, "agent")
+            case Refer(refer_to=refer_to):
+                self.referred_to = refer_to
+                self._emit(self.refer_answer)
+
+    async def events(self) -> AsyncIterator[LegEvent]:
+        while True:
+            while self._events:
+                event = self._events.popleft()
+                yield event
+                if isinstance(event, LegDisconnected):
+                    return
+            self._has_events.clear()
+            await self._has_events.wait()
+
+    def set_tap(self, tap: Tap | None) -> None:
+        self._caller_audio.tap = tap
+
+    # ------------------------------------------------------------- the far end
+
+    def ring(self, headers: dict[str, str] | None = None) -> None:
+        """The INVITE arrives."""
+        assert self.state is LegState.NULL, self.state
+        self.state = LegState.INCOMING
+        incoming = LegIncoming(
+            leg_id=self.leg_id, did=self.did, ani=self.ani, display_name=self.display_name,
+            source_address="127.0.0.1:5060", headers=headers or {}, sample_rate_hz=self.sample_rate_hz,
+        )  # fmt: skip
+        self._emit(incoming)
+        self._emit(LegStateChanged(leg_id=self.leg_id, state=LegState.INCOMING))
+
+    def speak(self, pcm: bytes) -> None:
+        """Queue caller audio (leg rate); silence follows it."""
+        self._speech += pcm
+
+    def press(self, digits: str) -> None:
+        for digit in digits:
+            self._emit(DtmfReceived(leg_id=self.leg_id, digit=digit, sample=self.sample))
+
+    def hold(self, is_held: bool = True) -> None:
+        """Re-INVITE sendonly, or back: the clock runs on, nobody hears us."""
+        self._is_held = is_held
+
+    def hang_up(self) -> None:
+        self._end(Cause.NORMAL, 200, "caller")
+
+    def cancel(self) -> None:
+        self._end(Cause.CANCELLED, 487, "caller")
+
+    def lose_network(self) -> None:
+        self._end(Cause.MEDIA_TIMEOUT, 408, "network")
+
+    @property
+    def heard(self) -> bytes:
+        """Everything that was sent to the caller since CONFIRMED, silence included."""
+        return bytes(self._heard)
+
+    # ------------------------------------------------------------------- time
+
+    @property
+    def sample(self) -> int:
+        """The leg's clock."""
+        return self._playout.sample
+
+    def advance(self, num_samples: int) -> None:
+        """Let `num_samples` pass, in whole frames; what is left over counts towards the next call."""
+        if self.state is not LegState.CONFIRMED:
+            return
+        self._owed_samples += num_samples
+        while self._owed_samples >= self.config.samples_per_frame and self.state is LegState.CONFIRMED:
+            self._owed_samples -= self.config.samples_per_frame
+            self._tick(self.config.samples_per_frame)
+
+    def drain(self) -> list[LegEvent]:
+        """All events not yet taken, for tests without an event loop."""
+        events = list(self._events)
+        self._events.clear()
+        return events
+
+    # ---------------------------------------------------------------- private
+
+    def _tick(self, num_samples: int) -> None:
+        while self._commands:
+            for event in self._playout.apply(self._commands.popleft()):
+                self._emit(event)
+        start_sample = self.sample
+        sent, events = self._playout.pull(num_samples, self._is_held)
+        self._heard += sent
+        received = self._received(num_samples, sent)
+        events += self._meters["agent"].push(sent) + self._meters["caller"].push(received)
+        for event in events:
+            self._emit(event)
+        self._emit(self._caller_audio.frame(start_sample, received, sent))
+
+    def _received(self, num_samples: int, sent: bytes) -> bytes:
+        size = 2 * num_samples
+        speech = bytes(self._speech[:size])
+        del self._speech[:size]
+        speech += bytes(size - len(speech))
+        if not self._echo_gain:
+            return speech
+        self._echo_line += sent
+        echo = np.frombuffer(bytes(self._echo_line[:size]), "<i2") * self._echo_gain
+        del self._echo_line[:size]
+        mixed = np.rint(np.frombuffer(speech, "<i2") + echo)
+        return np.clip(mixed, -32768, 32767).astype("<i2").tobytes()
+
+    def _enter(self, state: LegState) -> None:
+        self.state = state
+        codec = self.config.codecs[0] if state is LegState.CONFIRMED else ""
+        self._emit(LegStateChanged(leg_id=self.leg_id, state=state, sample=self.sample, codec=codec))
+
+    def _end(self, cause: Cause, sip_status: int, by: str) -> None:
+        if self.state is LegState.DISCONNECTED:
+            return
+        self._enter(LegState.DISCONNECTED)
+        self._emit(LegDisconnected(leg_id=self.leg_id, cause=cause, sip_status=sip_status, by=by))
+
+    def _emit(self, event: LegEvent) -> None:
+        self._events.append(event)
+        self._has_events.set()

@@ -1,0 +1,48 @@
+"""Why a leg ended: SIP status codes and our own reasons, as one small vocabulary.
+
+Knows nothing of pjsip. Codes: RFC 3261 §21; q.v. RFC 3398 §7.2 for what carriers mean by them.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Cause(StrEnum):
+    NORMAL = "normal"  # BYE after an answered call
+    CANCELLED = "cancelled"  # the caller gave up before the answer
+    BUSY = "busy"
+    NO_ANSWER = "no_answer"
+    REJECTED = "rejected"  # any other refusal by a party
+    NOT_FOUND = "not_found"
+    NO_COMMON_CODEC = "no_common_codec"
+    OVERLOADED = "overloaded"
+    TRANSFERRED = "transferred"
+    NETWORK_ERROR = "network_error"
+    MEDIA_TIMEOUT = "media_timeout"  # no RTP from the party for too long
+    AGENT_LOST = "agent_lost"  # our agent died and none came back in time
+    WORKER_LOST = "worker_lost"  # the media worker died with the call
+    SHUTDOWN = "shutdown"  # we were told to stop, or our parent is gone
+
+
+_BY_STATUS = {
+    404: Cause.NOT_FOUND, 410: Cause.NOT_FOUND, 484: Cause.NOT_FOUND, 604: Cause.NOT_FOUND,
+    408: Cause.NO_ANSWER, 480: Cause.NO_ANSWER,
+    486: Cause.BUSY, 600: Cause.BUSY,
+    487: Cause.CANCELLED,
+    415: Cause.NO_COMMON_CODEC, 488: Cause.NO_COMMON_CODEC, 606: Cause.NO_COMMON_CODEC,
+    503: Cause.OVERLOADED,
+    500: Cause.NETWORK_ERROR, 502: Cause.NETWORK_ERROR, 504: Cause.NETWORK_ERROR,
+}  # fmt: skip
+
+
+def cause_of_status(sip_status: int) -> Cause:
+    """The cause that a final SIP status stands for."""
+    if sip_status < 300:
+        return Cause.NORMAL
+    return _BY_STATUS.get(sip_status, Cause.REJECTED)
+
+
+def cause_of_hangup(cause: str) -> Cause:
+    """The cause an agent gave with `Hangup`; anything unknown is a normal ending."""
+    return Cause(cause) if cause in set(Cause) else Cause.NORMAL

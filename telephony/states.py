@@ -1,0 +1,33 @@
+"""Which command is legal in which state of a leg: one table for every kind of leg.
+
+States are pjsip's INVITE session states (RFC 3261 §13, §15). A missing entry is a `LegError` that names command and state.
+Play-out commands are legal before the answer: they wait, and nothing is played until CONFIRMED.
+"""
+
+from __future__ import annotations
+
+from telephony.leg import (
+    Answer, Duck, Flush, Hangup, LegCommand, LegError, LegState, Pause, Play, Refer, Reject, Resume,
+)  # fmt: skip
+
+_PLAYOUT: frozenset[type] = frozenset({Play, Flush, Duck, Pause, Resume})
+
+LEGAL: dict[LegState, frozenset[type]] = {
+    LegState.NULL: _PLAYOUT | {Hangup},
+    LegState.CALLING: _PLAYOUT | {Hangup},
+    LegState.INCOMING: _PLAYOUT | {Answer, Reject, Hangup},
+    LegState.EARLY: _PLAYOUT | {Answer, Reject, Hangup},
+    LegState.CONNECTING: _PLAYOUT | {Hangup},
+    LegState.CONFIRMED: _PLAYOUT | {Hangup, Refer},
+    LegState.DISCONNECTED: frozenset({Hangup}),  # no effect: both sides may hang up at once
+}
+
+
+def check_legal(command: LegCommand, state: LegState) -> None:
+    if type(command) not in LEGAL[state]:
+        raise LegError(f"{type(command).__name__} is not possible in state {state}")
+
+
+def is_playout(command: LegCommand) -> bool:
+    """Play-out commands act in the media callback; the others are signalling."""
+    return type(command) in _PLAYOUT
