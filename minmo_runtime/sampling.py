@@ -63,7 +63,9 @@ def nucleus(probs: FloatArray, top_p: float, top_k: int) -> tuple[NDArray[np.int
     return keep, probs[keep]
 
 
-def ras_sample(scores: NDArray[np.floating], decoded: Sequence[int], rules: SamplingRules, draw: Draw, banned: Sequence[int] = ()) -> int:
+def ras_sample(
+    scores: NDArray[np.floating], decoded: Sequence[int], rules: SamplingRules, draw: Draw, banned: Sequence[int] = ()
+) -> int:
     """One id. If the nucleus draw occurs too often among the last ids, it is masked and drawn again from the full softmax."""
     if rules.temperature == 0.0:
         return int(np.argmax(probabilities(scores, banned)))

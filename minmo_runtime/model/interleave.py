@@ -135,7 +135,9 @@ class VoiceTurn:
         if self.phase is Phase.STREAMING:
             return (rules.end_id, rules.unused_id) + (() if rules.accept_early_fill else (rules.fill_id,))
         is_short = len(self.voice_tokens) < int(rules.min_voice_per_text * (self._num_text - self._num_prompt_text))
-        return ((rules.end_id,) if is_short else ()) + ((rules.unused_id, rules.fill_id) if rules.ban_other_stops else ())
+        return ((rules.end_id,) if is_short else ()) + (
+            (rules.unused_id, rules.fill_id) if rules.ban_other_stops else ()
+        )
 
     def accept(self, token: int) -> int | None:
         """Take the drawn id; returns the voice token it emits, or None for fill and end."""

@@ -115,7 +115,9 @@ class VoiceLm(nn.Module):
     def new_cache(self, num_slots: int, max_length: int) -> KvCache:
         return self.trunk.new_cache(num_slots, max_length)
 
-    def new_stream(self, slot: int, seed: int, rules: InterleaveRules, sampling: SamplingRules, query: Tensor | None = None) -> VoiceStream:
+    def new_stream(
+        self, slot: int, seed: int, rules: InterleaveRules, sampling: SamplingRules, query: Tensor | None = None
+    ) -> VoiceStream:
         """Start one reply; `query` [Q, D] are the semantic vectors of the caller's turn."""
         turn = VoiceTurn(rules, num_query=0 if query is None else len(query))
         return VoiceStream(turn, slot, draw_with(np.random.default_rng(seed)), sampling, query)
@@ -162,7 +164,9 @@ class VoiceLm(nn.Module):
         if not fed:
             return emitted
         embeds, num_new = self._stack(streams, fed)
-        hidden = self.trunk(embeds=embeds, cache=cache, slots=[streams[index].slot for index, _ in fed], num_new=num_new)
+        hidden = self.trunk(
+            embeds=embeds, cache=cache, slots=[streams[index].slot for index, _ in fed], num_new=num_new
+        )
         last = hidden[torch.arange(len(fed)), torch.tensor(num_new) - 1]  # [B, D]
         scores = self.llm_decoder(last).float().cpu().numpy()
         for row, (index, _) in enumerate(fed):

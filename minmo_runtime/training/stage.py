@@ -56,7 +56,11 @@ class Gate:
 
     def check(self, metrics: Mapping[str, float]) -> GateResult:
         """Compare; a metric that is missing fails the gate and says so."""
-        missing = [name for name in (self.metric, self.at_most_of, self.at_least_of, self.count) if name and name not in metrics]
+        missing = [
+            name
+            for name in (self.metric, self.at_most_of, self.at_least_of, self.count)
+            if name and name not in metrics
+        ]
         if missing:
             return GateResult(self.metric, False, f"not measured: {', '.join(missing)}")
         value, limit, sign = metrics[self.metric], self._limit(metrics), "<=" if self._is_upper() else ">="
@@ -132,7 +136,9 @@ def parse_stage(table: Mapping[str, Any]) -> StageConfig:
     known = {item.name for item in dataclasses.fields(StageConfig)} - {"gates"}
     unknown = sorted(set(table) - known)
     if unknown:
-        raise ValueError(f"stage {table.get('name', '?')}: unknown key {', '.join(unknown)}; allowed: {', '.join(sorted(known))}, gate")
+        raise ValueError(
+            f"stage {table.get('name', '?')}: unknown key {', '.join(unknown)}; allowed: {', '.join(sorted(known))}, gate"
+        )
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
     return StageConfig(gates=gates, **values)
 

@@ -1,0 +1,124 @@
+"""Projector, output projector, duplex predictor, speaker encoder: streaming equals offline, rows do not touch each other."""
+
+import pytest
+import torch
+
+from minmo_runtime.model.duplex import CLASSES, WHILE_SILENT, WHILE_SPEAKING, DuplexDims, DuplexPredictor
+from minmo_runtime.model.output_projector import OutputProjector, OutputProjectorDims
+from minmo_runtime.model.projector import InputProjector, ProjectorDims
+from minmo_runtime.model.speaker import SpeakerDims, SpeakerEncoder
+
+TOLERANCE = {"atol": 1e-5, "rtol": 0}
+
+
+def random_chunks(total, generator, longest=9):
+    """Sizes that add up to `total`, zero included."""
+    sizes = []
+    while sum(sizes) < total:
+        size = int(torch.randint(0, longest, (1,), generator=generator))
+        sizes.append(min(size, total - sum(sizes)))
+    return sizes
+
+
+def small_projector(num_pieces, kernel_size):
+    torch.manual_seed(3)
+    dims = ProjectorDims(
+        16, 24, num_heads=2, ffn_size=32, left_context=7, kernel_size=kernel_size, num_pieces=num_pieces
+    )
+    projector = InputProjector(dims).eval()
+    if num_pieces:
+        torch.nn.init.normal_(projector.piece_table)
+    return projector
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("num_pieces", "kernel_size"), [(0, 4), (11, 4), (0, 2), (0, 3)])
+@torch.no_grad()
+def test_projector_streaming_is_offline(seed, num_pieces, kernel_size):
+    generator = torch.Generator().manual_seed(seed)
+    projector = small_projector(num_pieces, kernel_size)
+    total = 41
+    frames = torch.randn(total, 16, generator=generator)
+    posteriors = torch.rand(total, num_pieces, generator=generator) if num_pieces else None
+    offline = projector(frames[None], None if posteriors is None else posteriors[None])[0]
+    assert offline.shape == (total // 2, 24)
+    state, start, parts = projector.init_state(), 0, []
+    for size in random_chunks(total, generator):
+        piece = None if posteriors is None else posteriors[start : start + size]
+        parts.append(projector.forward_chunk(frames[start : start + size], state, piece))
+        start += size
+        assert sum(map(len, parts)) == start // 2  # given out as soon as its last frame is there
+    torch.testing.assert_close(torch.cat(parts), offline, **TOLERANCE)
+
+
+@torch.no_grad()
+def test_projector_forgets_beyond_its_memory():
+    projector = small_projector(0, 4)
+    state = projector.init_state()
+    projector.forward_chunk(torch.randn(100, 16), state)
+    assert all(layer.keys.shape[2] == 6 for layer in state.layers)
+
+
+@torch.no_grad()
+def test_projector_right_padding_changes_nothing():
+    projector = small_projector(0, 4)
+    frames = torch.randn(2, 20, 16)
+    torch.testing.assert_close(projector(frames)[:, :6], projector(frames[:, :12]), **TOLERANCE)
+
+
+def test_untrained_residual_projector_speaks_as_the_text_table():
+    projector = OutputProjector(OutputProjectorDims(32, 24))
+    hidden, embedding, text = torch.randn(5, 32), torch.randn(5, 32), torch.randn(5, 24)
+    assert torch.equal(projector(hidden, embedding, text), text)
+    assert not projector.query(hidden, embedding).any()
+
+
+def test_paper_form_is_the_linear_alone():
+    projector = OutputProjector(OutputProjectorDims(32, 24, form="paper"))
+    hidden, embedding = torch.randn(5, 32), torch.randn(5, 32)
+    assert torch.equal(projector(hidden, embedding), projector.linear(torch.cat([hidden, embedding], 1)))
+    assert projector.linear.weight.abs().sum() > 0
+
+
+def test_unknown_output_projector_form_is_refused():
+    with pytest.raises(ValueError, match="must be one of paper, residual"):
+        OutputProjectorDims(32, 24, form="sum")
+
+
+@pytest.mark.parametrize("seed", range(4))
+@torch.no_grad()
+def test_duplex_streaming_is_offline(seed):
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    duplex = DuplexPredictor(DuplexDims(20, hidden_size=16, num_heads=2, ffn_size=32, left_context=9)).eval()
+    torch.nn.init.normal_(duplex.agent_speaks)
+    inputs, speaks = torch.randn(50, 20), torch.rand(50) < 0.5
+    offline = duplex(inputs[None], speaks[None])[0]
+    state, start, parts = duplex.init_state(), 0, []
+    for size in random_chunks(50, generator):
+        parts.append(duplex.forward_chunk(inputs[start : start + size], speaks[start : start + size], state))
+        start += size
+    torch.testing.assert_close(torch.cat(parts), offline, **TOLERANCE)
+
+
+@pytest.mark.parametrize(("speaks", "allowed"), [(False, WHILE_SILENT), (True, WHILE_SPEAKING)])
+@torch.no_grad()
+def test_duplex_classes_are_masked_by_who_speaks(speaks, allowed):
+    duplex = DuplexPredictor(DuplexDims(20, hidden_size=16, num_heads=2, ffn_size=32))
+    probabilities = duplex(torch.randn(1, 6, 20), torch.full((1, 6), speaks)).exp()
+    torch.testing.assert_close(probabilities.sum(-1), torch.ones(1, 6))
+    for index, name in enumerate(CLASSES):
+        assert bool((probabilities[..., index] > 0).all()) == (name in allowed)
+
+
+@torch.no_grad()
+def test_speaker_vector_is_of_unit_length_for_any_length_and_blind_to_padding():
+    torch.manual_seed(0)
+    encoder = SpeakerEncoder(SpeakerDims(channels=16, pooled_channels=24)).eval()
+    fbank = torch.randn(3, 40, 80)
+    lengths = torch.tensor([40, 17, 1])
+    batch = encoder(fbank, lengths)
+    assert batch.shape == (3, 192)
+    torch.testing.assert_close(batch.norm(dim=1), torch.ones(3))
+    for row, length in enumerate(lengths.tolist()):
+        torch.testing.assert_close(encoder(fbank[row : row + 1, :length])[0], batch[row], **TOLERANCE)
