@@ -238,7 +238,7 @@ class TextTokenizer:
 class TextStream:
     """Decodes one reply token by token: each `push` returns the text that is new and will not change any more.
 
-    An unfinished character (byte pieces) is held back. Not to be shared between replies.
+    Byte pieces are held back until the character is whole (the next other token, or `finish`). One per reply.
     """
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
@@ -248,9 +248,34 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         self._ids.append(token_id)
+        return "" if self._tokenizer.token(token_id).startswith("<0x") else self.finish()
+
+    def finish(self) -> str:
+        """What is still held back."""
         whole = self._tokenizer.decode(self._ids)
-        if whole.endswith("\ufffd") or not whole.startswith(self.text):
-            return ""
         new = whole[len(self.text) :]
         self.text = whole
         return new
+
+
+# ---------------------------------------------------------------- the dialogue on the page (ChatML)
+
+ROLE_OPEN = "<|im_start|>{role}\n"
+TURN_CLOSE = "<|im_end|>"
+SYSTEM_LINE = "you are {name} at {shop}. {style} order numbers have {digits} digits."
+
+
+def system_prompt(name: str, shop: str, style: str, digits: int = 5) -> str:
+    """The system turn in the form nano was trained on; `style` is the policy's instruction sentence."""
+    line = SYSTEM_LINE.format(name=name.lower(), shop=shop.lower(), style=style.lower(), digits=digits)
+    return " ".join(line.split())
+
+
+def chat_turn(role: str, text: str, is_open: bool = False) -> str:
+    """One turn with its special tokens written out. An open turn has no end yet (the model goes on, or the caller does).
+
+    Roles: system, user, assistant, and tool, whose content is wrapped into a user turn as Qwen2.5's template does.
+    """
+    if role == "tool":
+        role, text = "user", f"<tool_response>{text}</tool_response>"
+    return ROLE_OPEN.format(role=role) + text + ("" if is_open else TURN_CLOSE)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from minmo_runtime.text import DIGIT_WORDS, speak_digits, time_words
-from minmo_runtime.training.general import general_sentence, random_words
+from minmo_runtime.training.general import ADJECTIVES, NOUNS, general_sentence, random_words
 
 HERE = Path(__file__).parent
 # Training reads the sentences that the agent says by itself, so that the voice knows them. A data file, not an import.
@@ -38,6 +38,8 @@ SHOPS = (
     "the coffee house",
     "the toy corner",
     "silver lake",
+    "acme orders",
+    "harbor books",
 )
 RANDOM_SHARE = 0.28  # of caller sentences: words in no order, so that the encoder learns sounds, not phrases
 GENERAL_SHARE = 0.25  # of agent sentences
@@ -179,6 +181,19 @@ WRAPPED_INTENTS = frozenset(
 INTENTS = tuple(name for name, value in phrases().items() if isinstance(value, dict))
 
 
+def persona_name(rng: random.Random) -> str:
+    """Mostly one of the list; sometimes made of syllables, so that any name of a campaign can be copied."""
+    if rng.random() < 0.75:
+        return rng.choice(NAMES)
+    return "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(2, 3)))
+
+
+def shop_name(rng: random.Random) -> str:
+    if rng.random() < 0.5:
+        return rng.choice(SHOPS)
+    return f"{rng.choice(('the', rng.choice(NOUNS)))} {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"
+
+
 # ---------------------------------------------------------------- sentences for speech synthesis
 
 
@@ -248,8 +263,8 @@ def random_slots(rng: random.Random, split: str) -> dict[str, str]:
         "on_d": on_day(day_name),
         "open": time_words(rng.randint(6, 11), rng.choice((0, 0, 0, 30, 15, 45))),
         "close": time_words(rng.randint(12, 22), rng.choice((0, 0, 0, 30, 15, 45))),
-        "name": rng.choice(NAMES),
-        "shop": rng.choice(SHOPS),
+        "name": persona_name(rng),
+        "shop": shop_name(rng),
     }
 
 
