@@ -1,4 +1,4 @@
-"""Fail when what git tracks grows past what a clone should cost: the tree <= 60 MiB, nano's weights <= 40 MiB, 15 MiB a file."""
+"""Fail when what git tracks outgrows what a clone should cost: tree 60 MiB, nano's weights 40 MiB, one file 15 MiB."""
 
 from __future__ import annotations
 
