@@ -132,7 +132,7 @@ class Espeak:
     def __init__(self, data_folder: Path | None = None) -> None:
         self._lib = ctypes.CDLL("libespeak-ng.so.1")
         folder = str((data_folder or system_data_folder()).parent)
-        rate = self._lib.espeak_Initialize(1, 0, os.fsencode(folder), 1)  # retrieval mode, phoneme events on
+        rate = self._lib.espeak_Initialize(2, 0, os.fsencode(folder), 1)  # synchronous: no thread that can deadlock; phoneme events on
         if rate != ESPEAK_RATE_HZ:
             raise RuntimeError(f"espeak_Initialize({folder}) returned {rate}: must be {ESPEAK_RATE_HZ}")
         self._pieces: list[np.ndarray] = []
