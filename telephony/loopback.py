@@ -198,6 +198,8 @@ class LoopbackLeg:
         if self.state is LegState.DISCONNECTED:
             return
         self._enter(LegState.DISCONNECTED)
+        for progress in self._playout.final_progress():
+            self._emit(progress)
         self._emit(LegDisconnected(leg_id=self.leg_id, cause=cause, sip_status=sip_status, by=by))
 
     def _emit(self, event: LegEvent) -> None:

@@ -155,6 +155,10 @@ class Playout:
         """Samples played of every item still remembered, for an agent that takes the call over."""
         return dict(self._closed) | {name: item.played_samples for name, item in self._items.items()}
 
+    def final_progress(self) -> list[PlayoutProgress]:
+        """Where the unfinished items stood when the leg ended."""
+        return [self._progress(name, item, is_finished=False) for name, item in self._items.items() if item.played_samples]
+
     @property
     def is_idle(self) -> bool:
         return not self._items

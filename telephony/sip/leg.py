@@ -1,0 +1,221 @@
+"""One SIP dialog as a leg: pjsua2's callbacks become LegEvents, LegCommands become SIP (RFC 3261).
+
+Lives in a media worker and on its main thread only; sample data is `sip/media_port.py`'s. Knows no agent and no socket: it
+tells a `sink`. The media port runs from CONFIRMED to the end, on hold too, because it is the leg's clock.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import pjsua2 as pj
+
+from telephony.config import TelephonyConfig
+from telephony.leg import (
+    Answer, DtmfReceived, Hangup, LegCommand, LegDisconnected, LegEvent, LegIncoming, LegState, LegStateChanged, Refer, Reject,
+)  # fmt: skip
+from telephony.sip.causes import Cause, cause_of_hangup, cause_of_status
+from telephony.sip.media_port import MediaPort
+from telephony.sip.refer import INBOUND_REFER_STATUS, OutboundRefer, check_refer_to
+from telephony.states import check_legal
+
+_STATES = {
+    pj.PJSIP_INV_STATE_NULL: LegState.NULL,
+    pj.PJSIP_INV_STATE_CALLING: LegState.CALLING,
+    pj.PJSIP_INV_STATE_INCOMING: LegState.INCOMING,
+    pj.PJSIP_INV_STATE_EARLY: LegState.EARLY,
+    pj.PJSIP_INV_STATE_CONNECTING: LegState.CONNECTING,
+    pj.PJSIP_INV_STATE_CONFIRMED: LegState.CONFIRMED,
+    pj.PJSIP_INV_STATE_DISCONNECTED: LegState.DISCONNECTED,
+}
+_DECLINE = 603
+_NETWORK_STATUSES = {408, 503}  # what pjsip itself reports for no answer and for no transport
+
+
+def _guarded(callback: Callable[..., None]) -> Callable[..., None]:
+    """An exception must not unwind into pjsip's C stack: it is printed, and the call goes on."""
+
+    @functools.wraps(callback)
+    def wrapper(self: Any, prm: Any) -> None:
+        try:
+            callback(self, prm)
+        except Exception:  # noqa: BLE001 - see above
+            traceback.print_exc(file=sys.stderr)
+
+    return wrapper
+
+
+class SipLeg(pj.Call):
+    """One dialog. `dispose` after DISCONNECTED, and not from within a pjsip callback."""
+
+    def __init__(
+        self, account: pj.Account, config: TelephonyConfig, leg_id: str, direction: str,
+        sink: Callable[[SipLeg, LegEvent], None], playback: pj.AudioMedia, call_id: int = pj.PJSUA_INVALID_ID,
+    ) -> None:  # fmt: skip
+        super().__init__(account, call_id)
+        self.leg_id, self.direction = leg_id, direction
+        self.state = LegState.INCOMING if direction == "inbound" else LegState.NULL
+        self.port = MediaPort(leg_id, config)
+        self.incoming: LegIncoming | None = None
+        self.refer: OutboundRefer | None = None
+        self._config, self._sink, self._playback = config, sink, playback
+        self._cause: Cause | None = None  # set when it is we who end the call
+        self._has_media = False
+        self._started_at_s = 0.0
+        self._rtp_packets, self._rtp_changed_at_s = -1, 0.0
+
+    # ----------------------------------------------------------------- commands
+
+    def carry_out(self, command: LegCommand, now_s: float) -> None:
+        """A signalling command; LegError or ValueError when it cannot be done."""
+        check_legal(command, self.state)
+        match command:
+            case Answer():
+                self.answer(_call_param(200))
+            case Reject(sip_status=sip_status, retry_after_s=retry_after_s):
+                self.refuse(sip_status, retry_after_s, cause_of_status(sip_status))
+            case Hangup(cause=cause) if self.state is not LegState.DISCONNECTED:
+                self.end(cause_of_hangup(cause))
+            case Refer(refer_to=refer_to):
+                check_refer_to(refer_to)
+                if self.refer is not None and not self.refer.is_done:
+                    raise ValueError("a REFER is already under way")
+                self.refer = OutboundRefer(self.leg_id, now_s, self._config.refer_timeout_s)
+                self.xfer(f"<{refer_to}>", pj.CallOpParam(True))
+
+    def ring(self) -> None:
+        """180 Ringing while the agent makes up its mind."""
+        self.answer(_call_param(180))
+
+    def refuse(self, sip_status: int, retry_after_s: int, cause: Cause) -> None:
+        if self._cause is not None:
+            return
+        self._cause = cause
+        param = _call_param(sip_status)
+        if retry_after_s:
+            header = pj.SipHeader()
+            header.hName, header.hValue = "Retry-After", str(retry_after_s)
+            param.txOption.headers.append(header)
+        self.answer(param)
+
+    def end(self, cause: Cause) -> None:
+        """BYE, CANCEL or a final refusal, whichever the state asks for."""
+        if self.state is LegState.DISCONNECTED or self._cause is not None:
+            return
+        self._cause = cause
+        self.hangup(_call_param(_DECLINE if self.direction == "inbound" and self.state is not LegState.CONFIRMED else 0))
+
+    def on_time(self, now_s: float) -> None:
+        """Deadlines: the answer, the REFER's outcome, and a party whose RTP stopped."""
+        self._started_at_s = self._started_at_s or now_s
+        waited_s = now_s - self._started_at_s
+        is_unanswered = self.state in (LegState.NULL, LegState.CALLING, LegState.INCOMING, LegState.EARLY)
+        if is_unanswered and self.direction == "inbound" and waited_s > self._config.answer_timeout_s:
+            self.refuse(503, self._config.retry_after_s, Cause.OVERLOADED)
+        elif is_unanswered and self.direction == "outbound" and waited_s > self._config.no_answer_timeout_s:
+            self.end(Cause.NO_ANSWER)
+        if self.refer is not None:
+            result = self.refer.on_time(now_s)
+            if result is not None:
+                self._sink(self, result)
+        if self.state is LegState.CONFIRMED and self._config.rtp_timeout_s and self._has_media:
+            statistics = self.getStreamStat(0)  # named for the same reason as `info` below
+            packets = statistics.rtcp.rxStat.pkt
+            if packets != self._rtp_packets or self.port.is_held:
+                self._rtp_packets, self._rtp_changed_at_s = packets, now_s
+            elif now_s - self._rtp_changed_at_s > self._config.rtp_timeout_s:
+                self.end(Cause.MEDIA_TIMEOUT)
+
+    def story(self) -> list[LegEvent]:
+        """What a new agent has to be told about a leg that is older than it."""
+        codec = self._codec() if self.state is LegState.CONFIRMED else ""
+        changed = LegStateChanged(leg_id=self.leg_id, state=self.state, sample=self.port.sample, codec=codec)
+        return [changed] if self.incoming is None else [self.incoming, changed]
+
+    def dispose(self) -> None:
+        """Stop the media callback; the caller keeps `self` a little longer than that."""
+        self.port.attach(None)
+
+    # ---------------------------------------------------------- pjsip callbacks
+
+    @_guarded
+    def onCallState(self, prm: pj.OnCallStateParam) -> None:
+        info = self.getInfo()
+        was_confirmed = self.state is LegState.CONFIRMED
+        state = _STATES[info.state]
+        if state is self.state:
+            return
+        self.state = state
+        codec = self._codec() if state is LegState.CONFIRMED else ""
+        self._sink(self, LegStateChanged(leg_id=self.leg_id, state=state, sample=self.port.sample, codec=codec))
+        if state is LegState.CONFIRMED:
+            self._start_media()  # after the news, so that the agent hears of the answer before it hears audio
+        if state is LegState.DISCONNECTED:
+            self._sink(self, self._disconnected(info.lastStatusCode, was_confirmed))
+
+    @_guarded
+    def onCallMediaState(self, prm: pj.OnCallMediaStateParam) -> None:
+        info = self.getInfo()  # named, because SWIG frees it with its last reference while `media` points into it
+        statuses = [media.status for media in info.media if media.type == pj.PJMEDIA_TYPE_AUDIO]
+        self._has_media = any(status != pj.PJSUA_CALL_MEDIA_NONE for status in statuses)
+        self.port.is_held = pj.PJSUA_CALL_MEDIA_ACTIVE not in statuses
+        if self.state is LegState.CONFIRMED:
+            self._start_media()
+
+    @_guarded
+    def onDtmfDigit(self, prm: pj.OnDtmfDigitParam) -> None:
+        self._sink(self, DtmfReceived(leg_id=self.leg_id, digit=prm.digit, sample=self.port.sample))
+
+    @_guarded
+    def onCallTransferRequest(self, prm: pj.OnCallTransferRequestParam) -> None:
+        prm.statusCode = INBOUND_REFER_STATUS
+
+    @_guarded
+    def onCallReplaceRequest(self, prm: pj.OnCallReplaceRequestParam) -> None:
+        prm.statusCode = INBOUND_REFER_STATUS
+
+    @_guarded
+    def onCallTransferStatus(self, prm: pj.OnCallTransferStatusParam) -> None:
+        if self.refer is None:
+            return
+        result = self.refer.on_status(prm.statusCode, prm.reason, prm.finalNotify)
+        if result is not None:
+            prm.cont = False
+            self._sink(self, result)
+
+    # ------------------------------------------------------------------ private
+
+    def _start_media(self) -> None:
+        """Join port and stream. The null device listens too, so pjmedia asks for our samples even on hold."""
+        self.port.startTransmit(self._playback)
+        if self._has_media and not self.port.is_held:
+            stream = self.getAudioMedia(-1)
+            self.port.startTransmit(stream)
+            stream.startTransmit(self.port)
+
+    def _codec(self) -> str:
+        if not self._has_media:
+            return ""
+        stream = self.getStreamInfo(0)
+        return f"{stream.codecName}/{stream.codecClockRate}"
+
+    def _disconnected(self, sip_status: int, was_confirmed: bool) -> LegDisconnected:
+        if self._cause is not None:
+            by = "network" if self._cause is Cause.MEDIA_TIMEOUT else "agent"
+            return LegDisconnected(leg_id=self.leg_id, cause=self._cause, sip_status=sip_status, by=by)
+        if was_confirmed and sip_status < 300:
+            return LegDisconnected(leg_id=self.leg_id, cause=Cause.NORMAL, sip_status=sip_status, by="caller")
+        by = "network" if sip_status in _NETWORK_STATUSES and (was_confirmed or self.direction == "outbound") else "caller"
+        cause = Cause.NETWORK_ERROR if was_confirmed and by == "network" else cause_of_status(sip_status)
+        return LegDisconnected(leg_id=self.leg_id, cause=cause, sip_status=sip_status, by=by)
+
+
+def _call_param(sip_status: int) -> pj.CallOpParam:
+    param = pj.CallOpParam(True)
+    param.statusCode = sip_status
+    param.opt.audioCount, param.opt.videoCount = 1, 0
+    return param
