@@ -1,83 +1,95 @@
-"""Start and stop a media worker as a child process: for the parent, our own SIP caller, benches and tests.
+"""Start and stop a media worker as a child process: for our own SIP caller, benches, tests and small parents.
 
-Knows the worker's command line and its ready line, nothing of calls. The socket lies in a private folder that goes away with
-the process.
+Knows the worker's command line and its ready line, nothing of calls. Blocks for the half second a worker needs to start. The
+socket lies in a private folder that goes away with the process.
 """
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import json
 import os
+import selectors
 import shutil
+import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import IO, Any
 
 from telephony.config import TelephonyConfig
 
+_START_WITHIN_S = 20.0
+_EXIT_WITHIN_S = 5.0
+
 
 class WorkerFailed(Exception):
-    """The worker did not come up; what it wrote is in the message."""
+    """The worker did not come up; its reason is on its standard error."""
 
 
 class WorkerProcess:
-    """`async with WorkerProcess(config) as worker:` `worker.ready["sip_port"]`, `worker.socket_path`, `worker.pid`."""
+    """`with WorkerProcess(config) as worker:` then `worker.socket_path`, `worker.address`, `worker.pid`."""
 
-    def __init__(self, config: TelephonyConfig, stderr: IO[Any] | None = None) -> None:
-        self.config = config
-        self.ready: dict[str, Any] = {}
+    def __init__(self, config: TelephonyConfig, stderr: IO[Any] | int | None = None) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="minmo-media-"))  # mkdtemp makes it 0700
         self.socket_path = self._folder / "media.sock"
-        self._stderr = stderr
-        self._process: asyncio.subprocess.Process | None = None
-
-    async def __aenter__(self) -> WorkerProcess:
-        settings = json.dumps(dataclasses.asdict(self.config))
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "telephony.worker", "--socket", str(self.socket_path), "--config", settings,
-            "--parent-pid", str(os.getpid()),
-            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=self._stderr,
-            cwd=Path(__file__).parent.parent,
-        )  # fmt: skip
-        assert self._process.stdout is not None
+        command = [
+            sys.executable, "-m", "telephony.worker", "--socket", str(self.socket_path),
+            "--config", json.dumps(dataclasses.asdict(config)), "--parent-pid", str(os.getpid()),
+        ]  # fmt: skip
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, cwd=Path(__file__).parent.parent
+        )
         try:
-            line = await asyncio.wait_for(self._process.stdout.readline(), 15)
-        except TimeoutError:
-            line = b""
-        if not line:
-            await self.__aexit__()
-            raise WorkerFailed("the media worker did not start; its reason is on standard error")
-        self.ready = json.loads(line)
-        return self
+            self.ready: dict[str, Any] = json.loads(self._ready_line())
+        except ValueError:
+            self.stop()
+            raise WorkerFailed("the media worker did not start; its reason is on standard error") from None
+
+    def _ready_line(self) -> bytes:
+        assert self._process.stdout is not None
+        fd, line = self._process.stdout.fileno(), b""
+        deadline_s = time.monotonic() + _START_WITHIN_S
+        with selectors.DefaultSelector() as selector:
+            selector.register(fd, selectors.EVENT_READ)
+            while not line.endswith(b"\n") and selector.select(max(0.0, deadline_s - time.monotonic())):
+                part = os.read(fd, 4096)
+                if not part:
+                    break
+                line += part
+        return line
 
     @property
     def pid(self) -> int:
-        assert self._process is not None
         return self._process.pid
 
     @property
-    def sip_uri(self) -> str:
-        """Where this worker can be called, without the user part."""
+    def address(self) -> str:
+        """host:port where SIP listens; call `sip:100@{address}`."""
         return f"{self.ready['sip_address']}:{self.ready['sip_port']}"
 
-    async def wait(self) -> int:
-        assert self._process is not None
-        return await self._process.wait()
+    def poll(self) -> int | None:
+        """Exit status, None while it runs."""
+        return self._process.poll()
 
-    async def __aexit__(self, *_: object) -> None:
-        """SIGTERM twice (BYE at once), and SIGKILL if that takes over 5 s."""
-        process = self._process
-        if process is not None and process.returncode is None:
-            process.terminate()
-            await asyncio.sleep(0.05)
-            if process.returncode is None:
-                process.terminate()
-            try:
-                await asyncio.wait_for(process.wait(), 5)
-            except TimeoutError:
-                process.kill()
-                await process.wait()
+    def stop(self) -> None:
+        """SIGTERM twice (BYE at once), SIGKILL if that takes over 5 s."""
+        for _ in range(2):
+            if self._process.poll() is None:
+                self._process.terminate()
+                time.sleep(0.03)
+        try:
+            self._process.wait(_EXIT_WITHIN_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self) -> WorkerProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()

@@ -128,7 +128,10 @@ class SipEndpoint:
 
     def check_deadlines(self, now_s: float) -> None:
         for leg in list(self.legs.values()):
-            leg.on_time(now_s)
+            try:
+                leg.on_time(now_s)
+            except pj.Error as error:  # one call's trouble must not end the others
+                print(f"sip: {leg.leg_id}: {error.info(False)}", file=sys.stderr)
 
     # ------------------------------------------------------------------- calls
 

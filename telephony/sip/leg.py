@@ -123,8 +123,7 @@ class SipLeg(pj.Call):
             if result is not None:
                 self._sink(self, result)
         if self.state is LegState.CONFIRMED and self._config.rtp_timeout_s and self._has_media:
-            statistics = self.getStreamStat(0)  # named for the same reason as `info` below
-            packets = statistics.rtcp.rxStat.pkt
+            packets = self._received_packets()
             if packets != self._rtp_packets or self.port.is_held:
                 self._rtp_packets, self._rtp_changed_at_s = packets, now_s
             elif now_s - self._rtp_changed_at_s > self._config.rtp_timeout_s:
@@ -202,6 +201,13 @@ class SipLeg(pj.Call):
             return ""
         stream = self.getStreamInfo(0)
         return f"{stream.codecName}/{stream.codecClockRate}"
+
+    def _received_packets(self) -> int:
+        try:
+            statistics = self.getStreamStat(0)  # named for the same reason as `info` above
+        except pj.Error:  # the stream is being set up or torn down
+            return self._rtp_packets
+        return int(statistics.rtcp.rxStat.pkt)
 
     def _disconnected(self, sip_status: int, was_confirmed: bool) -> LegDisconnected:
         if self._cause is not None:
