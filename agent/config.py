@@ -1,8 +1,9 @@
 """Settings: config.toml into one frozen dataclass per section, checked once at start and read nowhere else.
 
-Each island owns the dataclass of its section, because it may not import agent/; the agent's own sections stand here. An unknown section or key, a wrong type and a value out of range stop the start with the key, the value and what is
-allowed: `telephony.ptime_ms = 25: must be 10, 20, 30 or 40`. No secret is ever in the file: keys that need one name an
-environment variable (`*_env`) or a file (`*_file`).
+Each island owns the dataclass of its section, because it may not import agent/; the agent's own sections stand here.
+An unknown section or key, a wrong type and a value out of range stop the start with the key, the value and what is
+allowed: `telephony.ptime_ms = 25: must be 10, 20, 30 or 40`. No secret is ever in the file: keys that need one name
+an environment variable (`*_env`) or a file (`*_file`).
 
 `python -m agent.config_file` prints config.toml with every default, from the docstrings under the fields.
 """
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import ipaddress
 import re
 import tomllib
 import types
@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from agent.supervisor.config import WebConfig
 from agent.turn_taking import TurnTakingConfig
 from minmo_runtime.config import RuntimeConfig
 from policies.config import PoliciesConfig
@@ -67,38 +68,6 @@ class HandoffConfig:
     def __post_init__(self) -> None:
         if self.uri and not _REFER_TARGET.fullmatch(self.uri):
             raise ConfigError(f"handoff.uri = {self.uri!r}: must be sip:user@host, sips:user@host or tel:number")
-
-
-@dataclass(frozen=True, kw_only=True)
-class WebConfig:
-    """The supervisors' page."""
-
-    host: str = "127.0.0.1"
-    """Address the page binds to. Anything but loopback needs is_behind_tls_proxy."""
-
-    port: int = 8080
-    """TCP port; 0 = any free one, printed at start."""
-
-    token_file: str = ""
-    """Holds the hash of the first-start token (mode 0600); empty = web_token in storage.folder."""
-
-    allowed_hosts: tuple[str, ...] = ()
-    """Further names the page may be asked by (Host and Origin headers), beyond localhost and the bound address."""
-
-    is_behind_tls_proxy: bool = False
-    """True = a reverse proxy in front speaks TLS; cookies become Secure and a public bind is allowed."""
-
-    session_s: int = 43200
-    """How long a login lasts, 60 s to 30 days."""
-
-    def __post_init__(self) -> None:
-        _in_range("web", self, port=(0, 65535), session_s=(60, 2_592_000))
-        try:
-            address = ipaddress.ip_address(self.host)
-        except ValueError:
-            raise ConfigError(f"web.host = {self.host!r}: must be an IP address") from None
-        if not address.is_loopback and not self.is_behind_tls_proxy:
-            raise ConfigError(f"web.host = {self.host!r}: must be loopback unless web.is_behind_tls_proxy is true")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from agent.config import DERIVED, Config
 _HEAD = """\
 # Every setting of the agent, with its default, unit and meaning. Written by `python -m agent.config_file`; change
 # values here, or keep a shorter file of your own (what it leaves out has the default) and give it with --config FILE.
-# Unknown keys, wrong types and values out of range stop the start. Secrets come by environment or file, never from here.
+# Unknown keys, wrong types and values out of range stop the start. Secrets come by environment or file only.
 """
 
 
