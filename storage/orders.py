@@ -16,7 +16,9 @@ from storage.database import insert_new, writing
 from storage.tables import opening_hours, orders
 
 WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
-STATUSES = ("being packed", "shipped", "delivered", "delayed")
+STATUSES = ("preparing", "shipped", "delivered", "delayed", "returned", "cancelled", "unpaid")
+GONE = frozenset({"shipped", "delivered", "returned", "cancelled"})  # the delivery day cannot be changed any more
+_WEIGHTS = (25, 30, 20, 15, 4, 3, 3)  # per cent of the demo's orders
 NUM_DEMO_ORDERS = 400
 SEED = 20_501  # any constant: the same shop on every machine
 _HOURS: dict[int, tuple[str, str] | None] = {
@@ -43,16 +45,13 @@ class OpeningHours:
 def seed_demo_shop(engine: Engine, *, seed: int = SEED, num_orders: int = NUM_DEMO_ORDERS) -> int:
     """Fills the demo tables; rows that are there stay as they are. Returns how many orders were new."""
     chooser = random.Random(seed)
-    numbers = chooser.sample(range(10_000, 100_000), num_orders)
+    numbers = chooser.sample(range(100_000), num_orders)
     num_new = 0
     row: dict[str, Any]
     with writing(engine) as connection, connection.begin():
-        for index, number in enumerate(numbers):
-            row = {
-                "order_number": str(number),
-                "status": STATUSES[index % len(STATUSES)],
-                "day": chooser.choice(WEEKDAYS),
-            }
+        for number in numbers:
+            status = chooser.choices(STATUSES, _WEIGHTS)[0]
+            row = {"order_number": f"{number:05d}", "status": status, "day": chooser.choice(WEEKDAYS)}
             num_new += insert_new(connection, orders, row)
         for weekday, hours in _HOURS.items():
             opens, closes = hours or (None, None)
@@ -93,4 +92,4 @@ def delivery_refusal(order: Order | None, day: str) -> str:
         return "unknown_order"
     if day.strip().lower() not in WEEKDAYS:
         return "unknown_day"
-    return "too_late" if order.status in ("shipped", "delivered") else ""
+    return "too_late" if order.status in GONE else ""

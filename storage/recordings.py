@@ -178,6 +178,16 @@ class RecordingReader:
         raw = b"".join(self.read(WAV_HEADER_BYTES, self.num_bytes - 1)) if self.num_samples else b""
         return np.frombuffer(raw, dtype="<i2").reshape(-1, 2)
 
+    def peaks(self, num_bins: int) -> list[tuple[float, float]]:
+        """Loudest sample of caller and agent per bin, 0..1, one segment in memory at a time; for drawing."""
+        loudest = np.zeros((num_bins, 2), dtype=np.float64)
+        for segment in self._segments:
+            frames = np.frombuffer(self._decode(segment), dtype="<i2").reshape(-1, 2)
+            levels = np.abs(frames.astype(np.int32))
+            bins = (np.arange(len(levels)) + segment.start_sample) * num_bins // max(1, self.num_samples)
+            np.maximum.at(loudest, bins, levels / 32_768)
+        return [(round(float(caller), 3), round(float(agent), 3)) for caller, agent in loudest]
+
     def write_wav(self, path: Path) -> None:
         with path.open("wb") as file:
             for chunk in self.read(0, self.num_bytes - 1):

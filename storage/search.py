@@ -109,6 +109,10 @@ class CallReader:
             query = query.where(tables.journal.c.call_id == call_id)
         return self._rows(query.limit(limit))
 
+    def num_open_calls(self) -> int:
+        query = sa.select(sa.func.count().label("n")).select_from(tables.calls).where(tables.calls.c.state == "open")
+        return int(self._rows(query)[0]["n"])
+
     def last_journal_id(self) -> int:
         rows = self._rows(sa.select(sa.func.coalesce(sa.func.max(tables.journal.c.id), 0).label("id")))
         return int(rows[0]["id"])

@@ -1,0 +1,301 @@
+"""The supervisors' page: an application over the database, for its own process. It reads; calls never depend on it.
+
+    GET  /                                   the console (redirects to /login)
+    GET  /login   POST /login   POST /logout token in, cookie out
+    GET  /api/summary?hours=24               open calls, latencies measured on the wire
+    GET  /api/calls?text=&campaign=&disposition=&state=open|closed&before=&limit=
+    GET  /api/calls/{id}                     call, turns, tools, metrics, defects
+    GET  /api/calls/{id}/events?after_seq=   its journal
+    GET  /api/calls/{id}/recording           WAV, caller left, agent right; Range is honoured (RFC 9110 §14)
+    GET  /api/calls/{id}/peaks?bins=         for drawing the two lanes
+    GET  /api/live?call_id=                  server-sent events, one per journal row; Last-Event-ID goes on
+    GET  /api/openapi.json                   the same for machines        GET /healthz   is the process alive
+
+Everything but /login, the style sheet and /healthz needs the cookie (guard.py). Views and listening are audited.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import FastAPI, Form, Header, HTTPException, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
+
+from agent.supervisor import schemas
+from agent.supervisor.auth import Door, TooManyAttempts, WrongToken
+from agent.supervisor.config import WebConfig
+from agent.supervisor.guard import Guard, cookie_name
+from agent.supervisor.live import LiveTail, TooManyViews
+from storage.audit import append_audit
+from storage.entries import SAFE_ID, UnknownCall
+from storage.recordings import RecordingReader
+from storage.search import CallReader
+
+CONSOLE = Path(__file__).parent / "console"
+CONTENT_TYPES = {".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8"}
+# Wire metrics on the summary line, in this order.
+SHOWN_METRICS = ("voice_to_voice_ms", "first_word_ms", "duck_ms", "stop_ms")
+AUDIT_AGAIN_S = 600.0  # the console asks for a live call again and again: one view, not hundreds
+LOGIN_ERRORS = {
+    401: "That is not the token. It was printed when the page was started for the first time.",
+    429: "Too many attempts. Wait a minute, then try again.",
+}
+Clock = Callable[[], dt.datetime]
+
+
+def _utc_now() -> dt.datetime:
+    return dt.datetime.now(dt.UTC)
+
+
+def create_app(
+    reader: CallReader, live: LiveTail, config: WebConfig, *, door: Door, clock: Clock = _utc_now
+) -> FastAPI:
+    """The application; `clock` is the shell's."""
+    app = FastAPI(title="MinMo supervisors", openapi_url="/api/openapi.json", docs_url=None, redoc_url=None)
+    app.add_middleware(Guard, config=config, door=door, clock=lambda: clock().timestamp())
+    _add_errors(app)
+    _add_console(app)
+    _add_session(app, reader, door, config, clock)
+    _add_calls(app, reader, clock, _Auditor(reader, clock))
+    _add_live(app, live, door, config, clock)
+    return app
+
+
+class _Auditor:
+    """Writes who looked at what, once per object and AUDIT_AGAIN_S. There is one supervisor token, so one actor."""
+
+    def __init__(self, reader: CallReader, clock: Clock) -> None:
+        self._reader = reader
+        self._clock = clock
+        self._last: dict[tuple[str, str], dt.datetime] = {}
+
+    def note(self, action: str, object_id: str) -> None:
+        now = self._clock()
+        last = self._last.get((action, object_id))
+        if last is not None and (now - last).total_seconds() < AUDIT_AGAIN_S:
+            return
+        append_audit(self._reader.engine, "supervisor", action, now=now, object_id=object_id)
+        if len(self._last) > 10_000:
+            self._last.clear()
+        self._last[(action, object_id)] = now
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(HTTPException)
+    async def refuse(_request: Request, error: HTTPException) -> Response:
+        return JSONResponse({"error": error.detail}, status_code=error.status_code, headers=error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse_input(_request: Request, error: RequestValidationError) -> Response:
+        where = [".".join(str(part) for part in problem["loc"]) for problem in error.errors()]
+        return JSONResponse({"error": f"not valid: {', '.join(where)}"}, status_code=422)
+
+    @app.exception_handler(UnknownCall)
+    async def refuse_call(_request: Request, _error: UnknownCall) -> Response:
+        return JSONResponse({"error": "no such call"}, status_code=404)
+
+
+def _add_console(app: FastAPI) -> None:
+    # Read once, served by exact name: no path from a request ever reaches the file system.
+    assets = {path.name: path.read_bytes() for path in CONSOLE.iterdir() if path.suffix in CONTENT_TYPES}
+    index = (CONSOLE / "index.html").read_bytes()
+
+    @app.get("/", include_in_schema=False)
+    def console() -> Response:
+        return Response(index, media_type="text/html; charset=utf-8")
+
+    @app.get("/console/{name}", include_in_schema=False)
+    def asset(name: str) -> Response:
+        if name not in assets:
+            raise HTTPException(404, "no such file")
+        return Response(assets[name], media_type=CONTENT_TYPES[Path(name).suffix])
+
+    @app.get("/healthz")
+    def healthz() -> dict[str, str]:
+        return {"status": "ok"}
+
+
+def _add_session(app: FastAPI, reader: CallReader, door: Door, config: WebConfig, clock: Clock) -> None:
+    page = (CONSOLE / "login.html").read_text(encoding="utf-8")
+
+    def login_page(status: int = 200, headers: dict[str, str] | None = None) -> Response:
+        message = f'<p class="problem" role="alert">{LOGIN_ERRORS[status]}</p>' if status != 200 else ""
+        return HTMLResponse(page.replace("<!-- message -->", message), status_code=status, headers=headers)
+
+    @app.get("/login", include_in_schema=False)
+    def ask() -> Response:
+        return login_page()
+
+    @app.post("/login")
+    def login(request: Request, token: Annotated[str, Form(max_length=200)]) -> Response:
+        """Form field `token`; sets the session cookie and redirects to the console."""
+        source = request.client.host if request.client else ""
+        now = clock()
+        try:
+            cookie = door.login(token.strip(), source, now.timestamp())
+        except WrongToken:
+            append_audit(reader.engine, "unknown", "login_refused", now=now, source=source)
+            return login_page(401)
+        except TooManyAttempts as error:
+            return login_page(429, {"retry-after": str(error.retry_after_s)})
+        append_audit(reader.engine, "supervisor", "login", now=now, source=source)
+        response = RedirectResponse("/", status_code=303)
+        response.set_cookie(
+            cookie_name(config),
+            cookie,
+            max_age=round(config.session_hours * 3_600),
+            path="/",
+            secure=config.is_https,
+            httponly=True,
+            samesite="strict",
+        )
+        return response
+
+    @app.post("/logout")
+    def logout() -> Response:
+        """Ends every session there is."""
+        door.sign_out_everywhere()
+        append_audit(reader.engine, "supervisor", "logout", now=clock())
+        response = RedirectResponse("/login", status_code=303)
+        response.delete_cookie(cookie_name(config), path="/", secure=config.is_https, httponly=True, samesite="strict")
+        return response
+
+
+def _add_calls(app: FastAPI, reader: CallReader, clock: Clock, auditor: _Auditor) -> None:
+    @app.get("/api/summary", response_model=schemas.Summary)
+    def summary(hours: Annotated[int, Query(ge=1, le=744)] = 24) -> dict[str, Any]:
+        since = clock() - dt.timedelta(hours=hours)
+        values = {name: reader.get_metric_values(name, since=since) for name in SHOWN_METRICS}
+        latencies = [percentiles(name, found) for name, found in values.items() if found]
+        return {"num_open_calls": reader.num_open_calls(), "latencies": latencies, "hours": hours}
+
+    @app.get("/api/calls", response_model=schemas.CallList)
+    def list_calls(
+        text: Annotated[str, Query(max_length=200)] = "",
+        campaign: Annotated[str, Query(max_length=64)] = "",
+        disposition: Annotated[str, Query(max_length=32)] = "",
+        state: Literal["open", "closed"] | None = None,
+        before: dt.datetime | None = None,
+        limit: Annotated[int, Query(ge=1, le=500)] = 50,
+    ) -> dict[str, Any]:
+        if before is not None and before.tzinfo is None:
+            before = before.replace(tzinfo=dt.UTC)
+        is_open = None if state is None else state == "open"
+        filters = {"text": text, "campaign": campaign, "disposition": disposition}
+        return {"calls": reader.list_calls(limit=limit, before=before, is_open=is_open, **filters)}
+
+    @app.get("/api/calls/{call_id}", response_model=schemas.CallDetail)
+    def get_call(call_id: str) -> dict[str, Any]:
+        call = reader.get_call(_checked(call_id))
+        auditor.note("view", call_id)
+        return call | {"num_turns": len(call["turns"])}
+
+    @app.get("/api/calls/{call_id}/events", response_model=schemas.EventList)
+    def get_events(call_id: str, after_seq: Annotated[int, Query(ge=-1)] = -1) -> dict[str, Any]:
+        auditor.note("view", _checked(call_id))
+        return {"events": reader.get_events(call_id, after_seq=after_seq)}
+
+    @app.get("/api/calls/{call_id}/peaks", response_model=schemas.Peaks)
+    def get_peaks(call_id: str, bins: Annotated[int, Query(ge=10, le=2_000)] = 600) -> dict[str, Any]:
+        recording = _recording(reader, call_id)
+        peaks = recording.peaks(bins)
+        seconds = recording.num_samples / recording.sample_rate_hz
+        return {"seconds": seconds, "caller": [caller for caller, _ in peaks], "agent": [agent for _, agent in peaks]}
+
+    @app.api_route("/api/calls/{call_id}/recording", methods=["GET", "HEAD"], response_class=Response)
+    def get_recording(
+        request: Request, call_id: str, range_header: Annotated[str, Header(alias="range")] = ""
+    ) -> Response:
+        recording = _recording(reader, call_id)
+        if request.method == "GET":
+            auditor.note("listen", call_id)
+        return _wav_response(recording, range_header, has_body=request.method == "GET")
+
+
+def _add_live(app: FastAPI, live: LiveTail, door: Door, config: WebConfig, clock: Clock) -> None:
+    @app.get("/api/live", response_class=StreamingResponse)
+    async def follow(
+        request: Request,
+        call_id: str = "",
+        after_id: Annotated[int | None, Query(ge=0)] = None,
+        last_event_id: Annotated[str, Header()] = "",
+    ) -> Response:
+        """Server-sent events `journal`: {call_id, seq, kind, payload, at}."""
+        if call_id:
+            _checked(call_id)
+        if re.fullmatch(r"\d{1,18}", last_event_id):
+            after_id = int(last_event_id)
+        try:
+            live.check_room()
+        except TooManyViews:
+            raise HTTPException(503, "too many live views", {"retry-after": "10"}) from None
+        cookie = request.cookies.get(cookie_name(config), "")
+        stream = live.stream(
+            call_id=call_id,
+            after_id=after_id,
+            is_allowed=lambda: door.is_signed_in(cookie, clock().timestamp()),
+        )
+        return StreamingResponse(stream, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
+
+
+def percentiles(name: str, values: list[float]) -> dict[str, Any]:
+    """Nearest rank; `values` is not empty. Example: p50 of [1, 2, 3, 4] is 2."""
+    ranked = sorted(values)
+
+    def at(share: float) -> float:
+        return ranked[max(0, math.ceil(share * len(ranked)) - 1)]
+
+    return {"name": name, "n": len(ranked), "p50": at(0.50), "p95": at(0.95)}
+
+
+def _checked(call_id: str) -> str:
+    if not SAFE_ID.fullmatch(call_id):
+        raise HTTPException(404, "no such call")
+    return call_id
+
+
+def _recording(reader: CallReader, call_id: str) -> RecordingReader:
+    recording = reader.open_recording(_checked(call_id))
+    if recording is None:
+        raise HTTPException(404, "no recording")
+    return recording
+
+
+def _wav_response(recording: RecordingReader, range_header: str, *, has_body: bool) -> Response:
+    size = recording.num_bytes
+    headers = {"accept-ranges": "bytes", "content-disposition": 'inline; filename="call.wav"'}
+    wanted = parse_range(range_header, size)
+    if wanted is None:
+        return Response(status_code=416, headers=headers | {"content-range": f"bytes */{size}"})
+    first, last = wanted
+    headers["content-length"] = str(last - first + 1)
+    is_part = range_header.startswith("bytes=") and (first, last) != (0, size - 1)
+    if is_part or range_header.startswith("bytes=0-"):
+        headers["content-range"] = f"bytes {first}-{last}/{size}"
+        is_part = True
+    body = recording.read(first, last) if has_body else iter(())
+    return StreamingResponse(body, status_code=206 if is_part else 200, media_type="audio/wav", headers=headers)
+
+
+def parse_range(header: str, size: int) -> tuple[int, int] | None:
+    """First and last byte (inclusive); the whole when there is no range or several; None when it cannot be satisfied.
+
+    RFC 9110 §14.1.2: "bytes=0-99", "bytes=100-", "bytes=-100" (the last hundred). Examples for size 1000: (0, 99),
+    (100, 999), (900, 999).
+    """
+    match = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", header.strip())
+    if match is None or match.groups() == ("", ""):
+        return 0, size - 1
+    first_text, last_text = match.groups()
+    if first_text == "":
+        length = min(int(last_text), size)
+        return (size - length, size - 1) if length else None
+    first = int(first_text)
+    last = min(int(last_text), size - 1) if last_text else size - 1
+    return (first, last) if first <= last else None

@@ -1,0 +1,208 @@
+// The supervisors' page: list of calls, one call with its live transcript, its recording and its latencies.
+//
+// Everything shown comes from callers and models, so it is an attacker's text: it reaches the page only through textContent
+// (function `el`), never as markup. One event stream says that something changed; what is shown is then fetched again.
+
+import { Player } from "./player.js";
+import { detailOf } from "./detail.js";
+import { el, clock, shortTime } from "./elements.js";
+
+const PAGE_ROWS = 50;
+const REFRESH_MS = 250; // at most four fetches a second, however fast a call talks
+
+const state = { callId: "", startSecond: null, calls: [], player: null, detail: null };
+
+async function getJson(path) {
+  const response = await fetch(path, { headers: { accept: "application/json" } });
+  if (response.status === 401) location.assign("/login");
+  if (!response.ok) throw new Error(`${path}: ${response.status}`);
+  return response.json();
+}
+
+// Runs `work` soon, and again if it was asked for meanwhile; never twice at once.
+function soon(work) {
+  let isRunning = false;
+  let isWanted = false;
+  return async function run() {
+    isWanted = true;
+    if (isRunning) return;
+    isRunning = true;
+    while (isWanted) {
+      isWanted = false;
+      try {
+        await work();
+      } catch (error) {
+        console.error(error);
+      }
+      await new Promise((done) => setTimeout(done, REFRESH_MS));
+    }
+    isRunning = false;
+  };
+}
+
+// ------------------------------------------------------------------ the list
+
+function listPath(before) {
+  const query = new URLSearchParams({ limit: PAGE_ROWS });
+  const text = document.getElementById("text").value.trim();
+  const which = document.getElementById("state").value;
+  if (text) query.set("text", text);
+  if (which) query.set("state", which);
+  if (before) query.set("before", before);
+  return `/api/calls?${query}`;
+}
+
+const refreshList = soon(async () => {
+  const { calls } = await getJson(listPath());
+  showList(calls, calls.length === PAGE_ROWS);
+});
+
+async function showOlder() {
+  const last = state.calls[state.calls.length - 1];
+  const { calls } = await getJson(listPath(last.started_at));
+  showList([...state.calls, ...calls], calls.length === PAGE_ROWS);
+}
+
+function showList(calls, hasMore) {
+  state.calls = calls;
+  document.getElementById("calls").replaceChildren(...calls.map(listItem));
+  document.getElementById("no-calls").hidden = calls.length > 0;
+  document.getElementById("more").hidden = !hasMore;
+}
+
+function listItem(call) {
+  const link = el("a", { href: `#${call.call_id}` }, [
+    el("span", { class: "who" }, call.display_name || call.ani || "number withheld"),
+    outcome(call),
+    el("span", { class: "soft" }, [call.campaign || call.did, `${call.num_turns} turns`].join(" · ")),
+    el("span", { class: "soft number" }, shortTime(call.started_at)),
+  ]);
+  if (call.call_id === state.callId) link.setAttribute("aria-current", "true");
+  return el("li", {}, [link]);
+}
+
+export function outcome(call) {
+  if (call.state === "open") return el("span", { class: "badge is-open" }, "now");
+  const isProblem = call.disposition === "failed";
+  return el("span", { class: isProblem ? "badge is-problem" : "badge" }, call.disposition || "ended");
+}
+
+// --------------------------------------------------------------- the summary
+
+const SHORT_NAMES = {
+  voice_to_voice_ms: "voice to voice",
+  first_word_ms: "first word",
+  duck_ms: "duck",
+  stop_ms: "stop",
+};
+
+const refreshSummary = soon(async () => {
+  const summary = await getJson("/api/summary");
+  const rows = [el("div", {}, [el("dt", {}, "calls now"), el("dd", {}, String(summary.num_open_calls))])];
+  for (const latency of summary.latencies) {
+    const value = el("dd", { title: `median and 95th percentile of ${latency.n} in ${summary.hours} hours` }, [
+      `${Math.round(latency.p50)} ms `,
+      el("small", {}, `p95 ${Math.round(latency.p95)} · n ${latency.n}`),
+    ]);
+    rows.push(el("div", {}, [el("dt", {}, SHORT_NAMES[latency.name] || latency.name), value]));
+  }
+  document.getElementById("summary").replaceChildren(...rows);
+});
+
+// ------------------------------------------------------------------ one call
+
+function readAddress() {
+  // #call-id or #call-id@seconds: a link to a moment of a call.
+  const [callId, second] = decodeURIComponent(location.hash.slice(1)).split("@");
+  const isSame = callId === state.callId;
+  state.callId = callId;
+  state.startSecond = second === undefined ? null : Number(second);
+  if (!isSame) {
+    state.player = null;
+    state.detail = null;
+    refreshCall();
+    showList(state.calls, !document.getElementById("more").hidden);
+  } else if (state.player && state.startSecond !== null) {
+    state.player.seek(state.startSecond);
+  }
+}
+
+const refreshCall = soon(async () => {
+  const callId = state.callId;
+  if (!callId) return;
+  let call;
+  try {
+    call = await getJson(`/api/calls/${encodeURIComponent(callId)}`);
+  } catch {
+    document.getElementById("detail").replaceChildren(el("p", { class: "empty" }, "There is no such call."));
+    return;
+  }
+  if (callId !== state.callId) return; // another one was chosen meanwhile
+  if (!state.detail) {
+    state.detail = detailOf({ onSeek: (second) => state.player && state.player.seek(second), loadEvents });
+    document.getElementById("detail").replaceChildren(state.detail.root);
+    document.title = `${call.display_name || call.ani || call.call_id} · MinMo calls`;
+  }
+  state.detail.update(call, outcome(call));
+  if (!state.player && call.recording && call.state === "closed") await addPlayer(call);
+});
+
+function loadEvents() {
+  return getJson(`/api/calls/${encodeURIComponent(state.callId)}/events`);
+}
+
+async function addPlayer(call) {
+  const path = `/api/calls/${encodeURIComponent(call.call_id)}`;
+  const peaks = await getJson(`${path}/peaks?bins=900`);
+  if (call.call_id !== state.callId || state.player) return;
+  const detail = state.detail;
+  state.player = new Player({
+    source: `${path}/recording`,
+    peaks,
+    onTime: (second) => detail.markPlaying(second),
+  });
+  detail.placePlayer(state.player.root);
+  if (state.startSecond !== null) state.player.seek(state.startSecond);
+}
+
+// ------------------------------------------------------------------ the stream
+
+function follow() {
+  const connection = document.getElementById("connection");
+  const stream = new EventSource("/api/live");
+  stream.addEventListener("ready", () => {
+    connection.textContent = "live";
+    connection.classList.add("is-live");
+    refreshAll();
+  });
+  stream.addEventListener("error", () => {
+    connection.textContent = "reconnecting";
+    connection.classList.remove("is-live");
+    if (stream.readyState === EventSource.CLOSED) setTimeout(follow, 3000);
+    getJson("/api/summary").catch(() => {}); // the session may have ended: then this leads to the login
+  });
+  stream.addEventListener("journal", (message) => {
+    const entry = JSON.parse(message.data);
+    if (entry.call_id === state.callId) refreshCall();
+    if (LIST_KINDS.has(entry.kind)) refreshList();
+    if (SUMMARY_KINDS.has(entry.kind)) refreshSummary();
+  });
+}
+
+const LIST_KINDS = new Set(["call_opened", "call_updated", "call_closed", "turn_appended"]);
+const SUMMARY_KINDS = new Set(["call_opened", "call_closed", "metric_added"]);
+
+function refreshAll() {
+  refreshList();
+  refreshSummary();
+  refreshCall();
+}
+
+document.getElementById("filters").addEventListener("submit", (event) => event.preventDefault());
+document.getElementById("filters").addEventListener("input", refreshList);
+document.getElementById("more").addEventListener("click", showOlder);
+window.addEventListener("hashchange", readAddress);
+readAddress();
+refreshAll();
+follow();
+setInterval(() => state.detail && state.detail.tick(clock()), 1000);
