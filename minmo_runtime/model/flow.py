@@ -1,0 +1,332 @@
+"""The flow: voice tokens become mel frames, chunk by chunk, one Euler step at a time.
+
+    tokens ── embedding ── UpsampleConformerEncoder ── encoder_proj ── mu (the mean)
+    x0 = mean_weight * mu + noise_scale * noise ── `n_timesteps` Euler steps of the estimator ── mel
+
+CosyVoice 2 starts from noise alone (mean_weight 0, noise_scale 1, 10 steps, guidance 0.7). A small model starts from its mean,
+which was trained first as a regression, with little noise and few steps; 0 steps speak the mean itself. All of this is data.
+
+`forward` is the offline form. A turn is streamed with a `FlowState`: `push` adds tokens, `step` runs ONE job (encode a chunk, or one
+Euler step of it) and returns mel when a chunk is done, so that the engine can put other work between jobs. Both forms agree,
+because a chunk sees whole chunks only: its own and `left_context_s` before it (-1: all). Aligned from the prompt's first token.
+
+Step 9 of the walk. Knows nothing of text, of the vocoder or of calls. Key names are CosyVoice 2's flow.pt.
+Source: CosyVoice `flow/flow.py` (CausalMaskedDiffWithXvec) and `flow_matching.py`, as described in facts/minmo.md 2.2;
+conditional flow matching: arXiv 2210.02747.
+
+Legend: B rows, N tokens, T mel frames, M mel bins, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minmo_runtime.model.dims import Dims
+from minmo_runtime.model.flow_encoder import (
+    FlowEncoderDims,
+    ModuleCache,
+    UpsampleConformerEncoder,
+    chunk_mask,
+    padding_mask,
+)
+from minmo_runtime.model.flow_estimator import FlowEstimator, FlowEstimatorDims
+
+_NOISE_FRAMES = 15_000  # 300 s at 50 Hz, as in CosyVoice 2; longer turns read the table again from its start
+
+
+@dataclass(frozen=True)
+class FlowDims(Dims):
+    """Table `[flow]` of a checkpoint, with sub-tables `encoder` and `estimator`."""
+
+    vocab_size: int = 6561
+    spk_embed_dim: int = 192
+    num_mel_bins: int = 80
+    token_rate_hz: float = 25.0
+    n_timesteps: int = 10
+    t_scheduler: str = "cosine"
+    inference_cfg_rate: float = 0.7
+    sigma_min: float = 1e-6
+    mean_weight: float = 0.0
+    noise_scale: float = 1.0
+    left_context_s: float = -1.0
+    encoder: FlowEncoderDims = field(default_factory=FlowEncoderDims)
+    estimator: FlowEstimatorDims = field(default_factory=FlowEstimatorDims)
+
+    def __post_init__(self) -> None:
+        if self.t_scheduler not in ("cosine", "linear"):
+            raise ValueError(f"flow: t_scheduler {self.t_scheduler!r} must be cosine or linear")
+        if self.n_timesteps == 0 and self.mean_weight == 0:
+            raise ValueError("flow: n_timesteps 0 speaks the mean; mean_weight 0 says that the mean was not trained")
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> FlowDims:
+        table = dict(table)
+        table["encoder"] = FlowEncoderDims.from_dict(table.get("encoder", {}))
+        table["estimator"] = FlowEstimatorDims.from_dict(table.get("estimator", {}))
+        known = {item.name for item in dataclasses.fields(cls)}
+        if unknown := sorted(set(table) - known):
+            raise ValueError(f"FlowDims: unknown key {', '.join(unknown)}; allowed: {', '.join(sorted(known))}")
+        return cls(**table)
+
+    @property
+    def num_left_chunks(self) -> int:
+        """Whole chunks of left context; -1 = all."""
+        if self.left_context_s < 0:
+            return -1
+        return round(self.left_context_s * self.token_rate_hz / self.encoder.static_chunk_size)
+
+    @property
+    def frames_per_token(self) -> int:
+        return self.encoder.up_stride
+
+
+@functools.lru_cache(maxsize=2)
+def _noise_table(num_mel_bins: int) -> Tensor:
+    """The start noise of every turn, [1, M, 15000]: fixed, so that a chunk's mel does not depend on how tokens arrived."""
+    return torch.randn(1, num_mel_bins, _NOISE_FRAMES, generator=torch.Generator().manual_seed(0))
+
+
+@dataclass
+class FlowState:
+    """One turn of one call. Owner: whoever calls `push` and `step`; the model writes it."""
+
+    speaker: Tensor  # [1, M]
+    prompt_mel: Tensor | None = None  # [1, M, T] condition at the start
+    tokens: list[int] = field(default_factory=list)  # not yet encoded
+    is_final: bool = False
+    frames_done: int = 0  # mel frames made or in work, prompt included
+    frames_to_skip: int = 0  # of the prompt, never handed out
+    encoder_cache: ModuleCache = field(default_factory=dict)
+    estimator_caches: list[ModuleCache] = field(default_factory=list)  # one per Euler step
+    chunk: ChunkInWork | None = None
+
+
+@dataclass
+class ChunkInWork:
+    """A chunk between its encoding and its last Euler step."""
+
+    mu: Tensor  # [1, M, T]
+    x: Tensor  # [1, M, T]
+    condition: Tensor  # [1, M, T]
+    num_steps_done: int = 0
+
+
+class Decoder(nn.Module):
+    """Only a name level of the checkpoint: `decoder.estimator.*`."""
+
+    def __init__(self, dims: FlowDims) -> None:
+        super().__init__()
+        self.estimator = FlowEstimator(dims.estimator, dims.num_mel_bins)
+
+
+class Flow(nn.Module):
+    """Weights of one flow; all streaming state is in `FlowState`."""
+
+    def __init__(self, dims: FlowDims) -> None:
+        super().__init__()
+        self.dims = dims
+        self.input_embedding = nn.Embedding(dims.vocab_size, dims.encoder.output_size)
+        self.spk_embed_affine_layer = nn.Linear(dims.spk_embed_dim, dims.num_mel_bins)
+        self.encoder = UpsampleConformerEncoder(dims.encoder)
+        self.encoder_proj = nn.Linear(dims.encoder.output_size, dims.num_mel_bins)
+        self.decoder = Decoder(dims)
+
+    # ------------------------------------------------------------------ shared pieces
+
+    def speaker(self, embedding: Tensor) -> Tensor:
+        """Speaker vector [B, spk_embed_dim] → [B, M]."""
+        return self.spk_embed_affine_layer(nn.functional.normalize(embedding, dim=1))
+
+    def time_points(self) -> list[float]:
+        points = torch.linspace(0, 1, self.dims.n_timesteps + 1)
+        if self.dims.t_scheduler == "cosine":
+            points = 1 - torch.cos(points * 0.5 * math.pi)
+        return points.tolist()
+
+    def start(self, mu: Tensor, first_frame: int) -> Tensor:
+        """x0 of the frames from `first_frame` on; mu [B, M, T]."""
+        index = torch.arange(first_frame, first_frame + mu.shape[-1]).remainder(_NOISE_FRAMES)
+        noise = _noise_table(self.dims.num_mel_bins)[..., index].to(mu)
+        return self.dims.mean_weight * mu + self.dims.noise_scale * noise
+
+    def mean(
+        self,
+        tokens: Tensor,
+        lengths: Tensor,
+        context: Tensor | None = None,
+        is_streaming: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """tokens [B, N], look-ahead tokens `context` [B, <= 3] → mu [B, M, 2N] and its padding mask [B, 2N]."""
+        embedded = self.input_embedding(tokens) * padding_mask(lengths, tokens.shape[1])[..., None]
+        ahead = None if context is None else self.input_embedding(context)
+        hidden, valid = self.encoder(embedded, lengths, ahead, is_streaming, self.dims.num_left_chunks)
+        return self.encoder_proj(hidden).transpose(1, 2), valid
+
+    def direction(
+        self,
+        x: Tensor,
+        mu: Tensor,
+        time: float,
+        speaker: Tensor,
+        condition: Tensor,
+        attention: Tensor | None = None,
+        cache: ModuleCache | None = None,
+    ) -> Tensor:
+        """One estimator call at inference, guided if `inference_cfg_rate` > 0 (then a second row without conditions)."""
+        dims, rows = self.dims, x.shape[0]
+        rate = dims.inference_cfg_rate
+        if rate > 0:
+            x = torch.cat((x, x))
+            mu, speaker, condition = (torch.cat((part, torch.zeros_like(part))) for part in (mu, speaker, condition))
+        left = dims.num_left_chunks
+        keep = left * dims.encoder.static_chunk_size * dims.frames_per_token if left >= 0 else -1
+        times = torch.full((x.shape[0],), time, device=x.device)
+        v = self.decoder.estimator(x, mu, times, speaker, condition, None, attention, keep, cache)
+        return (1 + rate) * v[:rows] - rate * v[rows:] if rate > 0 else v
+
+    # ------------------------------------------------------------------ offline
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        tokens: Tensor,
+        embedding: Tensor,
+        prompt_tokens: Tensor | None = None,
+        prompt_mel: Tensor | None = None,
+        is_streaming: bool = True,
+        is_final: bool = True,
+    ) -> Tensor:
+        """tokens [1, N], embedding [1, spk_embed_dim], prompt_mel [1, M, Tp] → mel [1, M, T] without the prompt.
+
+        `is_streaming` uses the chunk masks (equal to the streamed turn); not `is_final`: the last tokens are look-ahead only.
+        """
+        dims = self.dims
+        if prompt_tokens is not None:
+            tokens = torch.cat((prompt_tokens, tokens), dim=1)
+        context = None
+        if not is_final:
+            ahead = dims.encoder.pre_lookahead_len
+            tokens, context = tokens[:, :-ahead], tokens[:, -ahead:]
+        lengths = torch.full((tokens.shape[0],), tokens.shape[1], device=tokens.device)
+        mu, _ = self.mean(tokens, lengths, context, is_streaming)
+        if dims.n_timesteps == 0:
+            return mu[..., 0 if prompt_mel is None else prompt_mel.shape[-1] :]
+        condition = torch.zeros_like(mu)
+        if prompt_mel is not None:
+            condition[..., : prompt_mel.shape[-1]] = prompt_mel
+        attention = None
+        if is_streaming:
+            frames = dims.encoder.static_chunk_size * dims.frames_per_token
+            attention = chunk_mask(mu.shape[-1], frames, dims.num_left_chunks, mu.device)
+        speaker, x, points = self.speaker(embedding), self.start(mu, 0), self.time_points()
+        for now, then in zip(points, points[1:], strict=False):
+            x = x + (then - now) * self.direction(x, mu, now, speaker, condition, attention)
+        return x[..., 0 if prompt_mel is None else prompt_mel.shape[-1] :]
+
+    # ------------------------------------------------------------------ streaming
+
+    @torch.inference_mode()
+    def new_state(
+        self, embedding: Tensor, prompt_tokens: list[int] | None = None, prompt_mel: Tensor | None = None
+    ) -> FlowState:
+        """A turn with the voice `embedding` [1, spk_embed_dim]; the prompt is encoded with the first tokens."""
+        skip = 0 if prompt_mel is None else prompt_mel.shape[-1]
+        caches: list[ModuleCache] = [{} for _ in range(self.dims.n_timesteps)]
+        return FlowState(self.speaker(embedding), prompt_mel, list(prompt_tokens or ()), False, 0, skip, {}, caches)
+
+    def push(self, state: FlowState, tokens: list[int], is_final: bool = False) -> None:
+        """Add voice tokens; `is_final` says that no more will come in this turn."""
+        state.tokens += tokens
+        state.is_final = state.is_final or is_final
+
+    def can_step(self, state: FlowState) -> bool:
+        """Whether `step` has a job."""
+        if state.chunk is not None:
+            return True
+        dims = self.dims.encoder
+        return len(state.tokens) >= dims.static_chunk_size + dims.pre_lookahead_len or bool(state.is_final and state.tokens)
+
+    @torch.inference_mode()
+    def step(self, state: FlowState) -> Tensor | None:
+        """Run one job; returns mel [1, M, T] when it finished a chunk (T may be 0 inside a prompt), else None."""
+        if state.chunk is None:
+            if not self.can_step(state):
+                return None
+            state.chunk = self._encode_chunk(state)
+        else:
+            self._euler_step(state, state.chunk)
+        if state.chunk.num_steps_done < self.dims.n_timesteps:
+            return None
+        mel, state.chunk = state.chunk.x, None
+        skip = min(state.frames_to_skip, mel.shape[-1])
+        state.frames_to_skip -= skip
+        return mel[..., skip:]
+
+    def _encode_chunk(self, state: FlowState) -> ChunkInWork:
+        dims = self.dims.encoder
+        device = self.encoder_proj.weight.device
+        size = min(dims.static_chunk_size, len(state.tokens))
+        tokens = torch.tensor([state.tokens[: size + dims.pre_lookahead_len]], device=device)
+        del state.tokens[:size]
+        embedded = self.input_embedding(tokens)
+        hidden = self.encoder.step(embedded[:, :size], embedded[:, size:], state.encoder_cache, self.dims.num_left_chunks)
+        mu = self.encoder_proj(hidden).transpose(1, 2)
+        begin = state.frames_done
+        state.frames_done += mu.shape[-1]
+        if self.dims.n_timesteps == 0:
+            return ChunkInWork(mu, mu, mu)
+        condition = torch.zeros_like(mu)
+        if state.prompt_mel is not None:
+            piece = state.prompt_mel[..., begin : state.frames_done]
+            condition[..., : piece.shape[-1]] = piece
+        return ChunkInWork(mu, self.start(mu, begin), condition)
+
+    def _euler_step(self, state: FlowState, chunk: ChunkInWork) -> None:
+        points, index = self.time_points(), chunk.num_steps_done
+        cache = state.estimator_caches[index]
+        v = self.direction(chunk.x, chunk.mu, points[index], state.speaker, chunk.condition, None, cache)
+        chunk.x = chunk.x + (points[index + 1] - points[index]) * v
+        chunk.num_steps_done += 1
+
+    # ------------------------------------------------------------------ training
+
+    def matching_loss(
+        self,
+        clean: Tensor,
+        mu: Tensor,
+        valid: Tensor,
+        speaker: Tensor,
+        condition: Tensor,
+        time: Tensor,
+        noise: Tensor,
+        keeps_conditions: Tensor | None = None,
+        is_streaming: bool = True,
+    ) -> Tensor:
+        """Flow-matching loss. clean, mu, condition, noise [B, M, T]; valid [B, T]; time [B] uniform in [0, 1].
+
+        `keeps_conditions` [B]: false drops mu, speaker and condition of that row (training for guidance).
+        """
+        dims = self.dims
+        start = dims.mean_weight * mu + dims.noise_scale * noise
+        remain = 1 - dims.sigma_min
+        at = time[:, None, None]
+        x = (1 - remain * at) * start + at * clean
+        target = clean - remain * start
+        if keeps_conditions is not None:
+            keep = keeps_conditions.to(mu)[:, None]
+            mu, condition, speaker = mu * keep[..., None], condition * keep[..., None], speaker * keep
+        attention = None
+        if is_streaming:
+            frames = dims.encoder.static_chunk_size * dims.frames_per_token
+            attention = chunk_mask(clean.shape[-1], frames, dims.num_left_chunks, clean.device)
+        made = self.decoder.estimator(x, mu, time, speaker, condition, valid, attention)
+        weight = valid[:, None].to(clean)
+        return (((made - target) * weight).square().sum()) / (weight.sum() * clean.shape[1])
