@@ -1,8 +1,9 @@
 """Text forms of the runtime: tokenizer, spoken numbers, tool lines, display case.
 
 Everything the model reads or writes is lower case with light punctuation; numbers are digits ("45612") on the page and
-single digit words in the ear ("four five six one two"). The functions here go between the two, the same ones in training and
-in service. Knows nothing of audio, of calls or of what a tool does. Walk: between steps 8 and 9, and on captions in step 10.
+single digit words in the ear ("four five six one two"). The functions here go between the two, the same ones in
+training and in service. Knows nothing of audio, of calls or of what a tool does. Walk: between steps 8 and 9, and on
+captions in step 10.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ MIN_DIGITS_IF_UNSURE = 4  # "nine thirty" and "nine to five" are times, "forty f
 def normalise_spoken(text: str) -> str:
     """Digit words to digits, where at least two stand in a row; everything else unchanged.
 
-    "it is four five double six two please" -> "it is 45662 please"; "one moment" stays; "four five no four six" -> "45 no 46".
+    "it is four five double six two please" -> "it is 45662 please"; "one moment" stays;
+    "four five no four six" -> "45 no 46".
     """
     words = text.lower().split()
     out: list[str] = []
@@ -129,7 +131,7 @@ def _read_inside(words: Sequence[str], position: int) -> tuple[str, int, bool]:
 
 
 def speak_digits(text: str) -> str:
-    """Every digit as its word: "order 45612." -> "order four five six one two." For speech synthesis and CTC targets."""
+    """Every digit as its word, for synthesis and CTC targets: "order 45612." -> "order four five six one two."."""
     spoken = re.sub(r"\d", lambda match: f" {DIGIT_WORDS[int(match[0])]} ", text)
     return re.sub(r"\s+([.,?!;:])", r"\1", " ".join(spoken.split()))
 
@@ -178,7 +180,7 @@ _PROPER = {
 
 
 def display_case(text: str, names: Iterable[str] = ()) -> str:
-    """Lower-case model text for a transcript: sentence capitals, "I", weekdays and the given names. Words are not changed."""
+    """Model text for a transcript: capitals of sentences, "I", weekdays and the given names; no word is changed."""
     proper = _PROPER | {name.lower(): name for name in names}
     is_start = True
     out = []
@@ -272,7 +274,7 @@ def system_prompt(name: str, shop: str, style: str, digits: int = 5) -> str:
 
 
 def chat_turn(role: str, text: str, is_open: bool = False) -> str:
-    """One turn with its special tokens written out. An open turn has no end yet (the model goes on, or the caller does).
+    """One turn with its special tokens written out; an open turn has no end yet (somebody goes on).
 
     Roles: system, user, assistant, and tool, whose content is wrapped into a user turn as Qwen2.5's template does.
     """

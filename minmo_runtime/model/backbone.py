@@ -1,8 +1,8 @@
 """The text LLM of the figure: Qwen2 under Qwen2's own key names, with a key/value cache of fixed slots.
 
-Rows of one batch belong to different calls: each has its own length, may bring many new positions (prefill), one (decode) or
-none (stall), and joins or leaves without moving the others. It knows nothing of text, of audio or of sampling.
-Walk: step 8 (reads the caller) and step 9 (says the answer); the voice LM uses the same class as its trunk.
+Rows of one batch belong to different calls: each has its own length, may bring many new positions (prefill), one
+(decode) or none (stall), and joins or leaves without moving the others. It knows nothing of text, of audio or of
+sampling. Walk: step 8 (reads the caller) and step 9 (says the answer); the voice LM uses the same class as its trunk.
 Source: Qwen2 (arXiv 2407.10671), keys as in its released checkpoints.
 
 Legend: B rows of this batch, T new positions (padded to the longest row), S cached positions, D hidden_size,
@@ -241,9 +241,9 @@ class Backbone(nn.Module):
     ) -> Tensor:
         """[B, T] ids or [B, T, D] vectors -> last hidden [B, T, D], after the final norm.
 
-        Without `cache`: causal over T; `attention_mask` [B, T] (1 = real) hides padding, `position_ids` [B, T] for left padding.
-        With `cache`: row b continues slot `slots[b]` (default b) by its first `num_new[b]` positions (default T); what stands
-        behind them is padding, and its output is meaningless. The slots' lengths grow by `num_new`.
+        Without `cache`: causal over T; `attention_mask` [B, T] (1 = real) hides padding, `position_ids` [B, T] for left
+        padding. With `cache`: row b continues slot `slots[b]` (default b) by its first `num_new[b]` positions (default
+        T); what stands behind them is padding, and its output is meaningless. The slots' lengths grow by `num_new`.
         """
         if (input_ids is None) == (embeds is None):
             raise ValueError("backbone: give input_ids or embeds")
@@ -281,7 +281,7 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def fuse(self) -> Backbone:
-        """Join q, k, v and gate, up for fewer, larger products. For serving only: later changes of the weights are not seen."""
+        """Join q, k, v and gate, up for fewer, larger products. Serving only: later weight changes are not seen."""
         for layer in self.model.layers:
             parts = [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]
             layer.self_attn.fused = (torch.cat([p.weight for p in parts]), torch.cat([p.bias for p in parts]))
@@ -290,7 +290,7 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator, embedding_std: float = 0.1) -> Backbone:
-        """Start for training from nothing: what a layer adds starts at zero (copying is learnt far sooner), matrices 1/sqrt(in)."""
+        """For training from nothing: what a layer adds starts at zero, so that copying is learnt far sooner."""
         for name, parameter in self.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight", "bias")):
                 parameter.zero_()

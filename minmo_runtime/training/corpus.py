@@ -1,8 +1,9 @@
-"""What callers and agents say, as text, from a seed: the spoken sentences that speech synthesis reads, and the pieces of
-which `dialogues` builds whole calls.
+"""What callers and agents say, as text, from a seed: the spoken sentences that speech synthesis reads, and the pieces
+of which `dialogues` builds whole calls.
 
-Phrasings marked "held" and a reserved fifth of all order numbers never reach a training split. Knows nothing of audio or of
-tokens. Stage 0a. Data: phrases.toml (callers), replies.toml (model), the agent's own fixed lines (lines.toml of the agent).
+Phrasings marked "held" and a reserved fifth of all order numbers never reach a training split. Knows nothing of audio
+or of tokens. Stage 0a. Data: phrases.toml (callers), replies.toml (model), the agent's own fixed lines (lines.toml of
+the agent).
 """
 
 from __future__ import annotations
@@ -205,7 +206,9 @@ def caller_utterance(rng: random.Random, split: str) -> str:
             return general_sentence(rng)
         words = random_words(rng).split()
         if rng.random() < 0.3:  # domain words out of their phrases
-            words.insert(rng.randint(0, len(words)), rng.choice((*DAYS, "order", "delivery", "number", "open", "person")))
+            words.insert(
+                rng.randint(0, len(words)), rng.choice((*DAYS, "order", "delivery", "number", "open", "person"))
+            )
         return " ".join(words)
     if draw < RANDOM_SHARE + 0.17:  # bare numbers: the words that matter most
         number = order_number(rng, split)
@@ -220,7 +223,17 @@ def caller_utterance(rng: random.Random, split: str) -> str:
 
 _WEIGHTED_INTENTS = (
     *INTENTS,
-    *("order_status", "order_status_number", "number_only", "hours_day", "change_day", "change_both", "day_only", "person") * 2,
+    *(
+        "order_status",
+        "order_status_number",
+        "number_only",
+        "hours_day",
+        "change_day",
+        "change_both",
+        "day_only",
+        "person",
+    )
+    * 2,
 )
 
 
@@ -286,8 +299,16 @@ def agent_utterance(rng: random.Random, split: str) -> str:
     return text
 
 
-SPOKEN_WITH_MORE = frozenset("shipped delivered delayed preparing returned cancelled unpaid open_hours closed changed too_late".split())
-_WEIGHTED_REPLIES = (*(name for name in replies() if name != "more"), *sorted(SPOKEN_WITH_MORE), "shipped", "open_hours", "changed")
+SPOKEN_WITH_MORE = frozenset(
+    "shipped delivered delayed preparing returned cancelled unpaid open_hours closed changed too_late".split()
+)
+_WEIGHTED_REPLIES = (
+    *(name for name in replies() if name != "more"),
+    *sorted(SPOKEN_WITH_MORE),
+    "shipped",
+    "open_hours",
+    "changed",
+)
 
 
 class _Keep(dict[str, str]):
@@ -310,7 +331,9 @@ def greeting(rng: random.Random, name: str, shop: str) -> str:
 
 
 def agent_utterances(seed: int, split: str, count: int = 4000) -> list[str]:
-    """`count` agent sentences in spoken form with light punctuation; every reply family and every fixed line is among them."""
+    """`count` agent sentences in spoken form with light punctuation; every reply family and every fixed line is among
+    them.
+    """
     _check_split(split)
     rng = random.Random(f"agent/{split}/{seed}")
     slots = random_slots(rng, split)

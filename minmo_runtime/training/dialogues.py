@@ -1,8 +1,8 @@
 """Whole calls as text, from a seed: what nano's LLM learns from and is tested with (stages 0g, 1a-1c, 2a-2b).
 
-The agent's side is a plain policy over (what was asked last, intent, what stands in the caller's words). Labels follow the words
-AS THEY ARE WRITTEN, after recognition errors and number normalisation: a number that lost a digit is asked for again.
-Knows nothing of tokens or of training. Data: `corpus`.
+The agent's side is a plain policy over (what was asked last, intent, what stands in the caller's words). Labels follow
+the words AS THEY ARE WRITTEN, after recognition errors and number normalisation: a number that lost a digit is asked
+for again. Knows nothing of tokens or of training. Data: `corpus`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DAY_INTENTS = frozenset("hours_day day_only change_day change_both".split())
 
 @dataclass(frozen=True)
 class Turn:
-    """role: system, user, assistant or tool. Only turns with `is_target` are learnt; `kind` names them in the scores."""
+    """role: system, user, assistant or tool. Turns with `is_target` are learnt; `kind` names them in the scores."""
 
     role: str
     text: str
@@ -93,7 +93,8 @@ class DialogueWriter:
         rng = self.rng
         self.name, self.shop = corpus.persona_name(rng), corpus.shop_name(rng)
         emotion = rng.choice("neutral friendly calm cheerful warm serious brisk".split())
-        style = rng.choice((f"speak in a {emotion} voice at a {rng.choice(('slow', 'normal', 'fast'))} pace.", "")[: 1 + (rng.random() < 0.2)])
+        rate = rng.choice(("slow", "normal", "fast"))
+        style = "" if rng.random() < 0.1 else f"speak in a {emotion} voice at a {rate} pace."
         self.turns.append(Turn("system", system_prompt(self.name, self.shop, style)))
         notice = "you are speaking with an automated assistant."
         if rng.random() < 0.6:
@@ -136,12 +137,11 @@ class DialogueWriter:
         draw = rng.random()
         spoken = corpus.restarted_number(number, rng) if draw < 0.08 else corpus.spoken_number(number, rng)
         if 0.08 < draw < 0.13:
-            spoken = corpus.spoken_number("".join(rng.choice("0123456789") for _ in range(rng.choice((2, 3, 4, 4, 6, 6, 7)))), rng)
+            length = rng.choice((2, 3, 4, 4, 6, 6, 7))
+            spoken = corpus.spoken_number("".join(rng.choice("0123456789") for _ in range(length)), rng)
         text = corpus.fill_phrase(corpus.phrase(intent, split, rng), spoken, corpus.day(rng))
         if intent in DAY_INTENTS and rng.random() < 0.03:
             text = f"{text} no {corpus.day(rng)}"
-        if rng.random() < 0.3:
-            text = text.replace(" am ", " 'm ").replace(" 'm", "'m") if rng.random() < 0.5 else text.replace("'s", " is")
         return normalise_spoken(garble(text, rng, self.noise))
 
     def _garbage(self) -> str:
@@ -156,7 +156,8 @@ class DialogueWriter:
     def _answer(self, intent: str, number: str, day_name: str) -> None:
         pending = self.pending
         if intent == "number_only" or intent == "keypad":
-            self._with_number(pending.task if pending.slot in ("number", "day") and pending.task == "change" else "status", number)
+            is_change = pending.slot in ("number", "day") and pending.task == "change"
+            self._with_number("change" if is_change else "status", number)
         elif intent in ("order_status", "order_status_number"):
             self._with_number("status", number)
         elif intent == "day_only" and pending.task == "change" and pending.slot in ("day", "number"):
@@ -340,7 +341,7 @@ class DialogueWriter:
             self.turns.append(Turn("assistant", text))
 
     def _maybe_cut(self, num_before: int) -> None:
-        """A barge-in: the last sentence keeps only the words that were heard, and the caller goes on with something else."""
+        """A barge-in: of the last sentence only the heard words stay, and the caller goes on with something else."""
         last = self.turns[-1]
         if self.is_over or len(self.turns) <= num_before or last.role != "assistant" or self.rng.random() > 0.12:
             return

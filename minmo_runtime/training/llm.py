@@ -1,10 +1,11 @@
 """Stage 0g: nano's text LLM, from nothing, on calls with tool lines.
 
-First only copying of every slot type on short texts, then whole calls with a fading share of copying; a part of the callers'
-turns has silent positions between its words, so that the speech stages find a model that tolerates the audio grid.
-Knows nothing of audio. Data: `dialogues`; loop: `loop`. Source of the recipe: design facts, recipes part 2 §A.
+First only copying of every slot type on short texts, then whole calls with a fading share of copying; a part of the
+callers' turns has silent positions between its words, so that the speech stages find a model that tolerates the audio
+grid. Knows nothing of audio. Data: `dialogues`; loop: `loop`. Source of the recipe: design facts, recipes part 2 §A.
 
-Scores are by whole turns under greedy decoding: a turn counts only if every token of it, the end token too, is the most likely.
+Scores are by whole turns under greedy decoding: a turn counts only if every token of it, the end token too, is the most
+likely.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ SLOT_TOOLS = ("look_up_order", "opening_hours", "change_delivery")
 
 @dataclass(frozen=True)
 class Row:
-    """One dialogue as numbers. ids: GAP for a silent position; gains scale the input vectors; target: learn this token."""
+    """One dialogue as numbers. ids: GAP is a silent position; gains scale the input vectors; target: to be learnt."""
 
     ids: list[int]
     gains: list[float]
@@ -71,7 +72,7 @@ def _extend(row: Row, ids: Sequence[int], is_target: bool) -> None:
 
 
 def _extend_with_gaps(row: Row, ids: Sequence[int], rng: random.Random) -> None:
-    """12.5 positions a second and some three words a second: 1-5 silent positions around each token, some tokens doubled softly."""
+    """12.5 positions a second, some three words a second: 0-4 silent ones between tokens, some doubled."""
     for token in (None, *ids):
         if token is not None:
             repeats = [rng.uniform(0.5, 1.0)] + ([rng.uniform(0.3, 0.6)] if rng.random() < 0.2 else [])
@@ -185,8 +186,11 @@ def evaluate(
     has_gaps: bool = False,
     errors: list[str] | None = None,
 ) -> dict[str, float]:
-    """Shares of turns: slots = calls with values exact; calls = all calls; action = right kind of turn; say = spoken turn
-    exact; values = spoken values exact. n_* are their counts. `errors` collects what was wrong, for reading."""
+    """Shares of turns that are right, and their counts as n_*.
+
+    slots: calls with values; calls: all calls; action: the right kind of turn; say: spoken turns; values: those with
+    values. `errors` collects what was wrong, for reading.
+    """
     hits: dict[str, list[bool]] = defaultdict(list)
     rng = random.Random("gaps")
     rows = [
@@ -229,7 +233,7 @@ def _describe(tokenizer: TextTokenizer, row: Row, first: int, turn: Turn, said: 
 
 
 def final_scores(model: Backbone, tokenizer: TextTokenizer, num_dialogues: int) -> dict[str, float]:
-    """What the gate reads: unseen phrasings and numbers, clean and with recognition errors; training phrasings beside it."""
+    """What the gates read: unseen phrasings and numbers, clean and misrecognised; known phrasings and gaps beside."""
     scores = evaluate(model, tokenizer, num_dialogues)
     for name, options in {
         "noisy": {"noise": 0.08},
@@ -264,7 +268,7 @@ def ship_llm(work_dir: Path, dims: BackboneDims, state: dict[str, Tensor]) -> No
 
 
 def run(stage: StageConfig, work_dir: Path, budget_s: float) -> dict[str, float]:
-    """Train, shipping the moving average at every save; goes on from its own state, else from shipped weights, else from nothing."""
+    """Train, shipping the moving average at every save. Starts from its own state, shipped weights, or nothing."""
     folder = stage.folder(work_dir)
     tokenizer_file = work_dir / "ship" / TOKENIZER_FILE
     if not tokenizer_file.exists():
@@ -301,7 +305,8 @@ def run(stage: StageConfig, work_dir: Path, budget_s: float) -> dict[str, float]
 
 def _short(scores: dict[str, float]) -> str:
     shown = ("slots", "calls", "action", "say", "values", *(f"call_{tool}" for tool in SLOT_TOOLS))
-    return " ".join(f"{name} {scores[name]:.3f}" for name in shown if name in scores) + f" n {scores.get('n_slots', 0):.0f}"
+    parts = [f"{name} {scores[name]:.3f}" for name in shown if name in scores]
+    return " ".join([*parts, f"n {scores.get('n_slots', 0):.0f}"])
 
 
 def _log(folder: Path, line: str) -> None:

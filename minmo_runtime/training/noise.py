@@ -1,6 +1,7 @@
 """Recognition errors on text, as a CTC encoder makes them: words heard as others, letters lost, words dropped or added.
 
-Used on callers' words before number normalisation. Knows nothing of dialogues. The rates are measured as word error rate.
+Used on callers' words before number normalisation. Knows nothing of dialogues. The rates are measured as word error
+rate.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ HOMOPHONES = {
 }
 # Words that carry a slot keep their letters more often: an error there is a different value, not a noisy one.
 SLOT_WORDS = frozenset(
-    "zero oh one two three four five six seven eight nine double triple monday tuesday wednesday thursday friday saturday sunday "
-    "today tomorrow".split()
+    """zero oh one two three four five six seven eight nine double triple
+    monday tuesday wednesday thursday friday saturday sunday today tomorrow""".split()
 )
 INSERTED = "uh um the a i and so it is that er".split()
 

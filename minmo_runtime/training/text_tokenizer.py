@@ -1,7 +1,8 @@
 """Builds nano's text tokenizer: whole words of the domain, pieces for others, single digits, Hanzi, bytes.
 
-Every word has one form wherever it stands (no variant with a leading space), so that a value said by the caller and the same
-value in a tool call are the same token. Continuations inside a word are marked by "##". Stage 0a; writes text_tokenizer.json.
+Every word has one form wherever it stands (no variant with a leading space), so that a value said by the caller and the
+same value in a tool call are the same token. Continuations inside a word are marked by "##". Stage 0a; writes
+text_tokenizer.json.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ SPECIAL_TOKENS = (
 )
 VOCAB_LIMIT = 8192
 # Words of tool lines, roles and styles that the sentences may not hold often enough.
-LINE_WORDS = """system user assistant look_up_order order_number opening_hours change_delivery transfer hang_up request_callback
-status day open close closed result shipped delivered delayed preparing being packed returned cancelled unpaid not_found changed too_late busy
-connecting stored error keypad neutral friendly calm cheerful sad sorry serious warm brisk slow normal fast slowly quickly speak voice pace
+LINE_WORDS = """system user assistant look_up_order order_number opening_hours change_delivery transfer hang_up
+request_callback status day open close closed result shipped delivered delayed preparing being packed returned cancelled
+unpaid not_found changed too_late busy connecting stored error keypad neutral friendly calm cheerful sad sorry serious
+warm brisk slow normal fast slowly quickly speak voice pace
 english mandarin chinese please digits number""".split()
 
 
@@ -57,7 +59,9 @@ def word_counts(seed: int = 0) -> Counter[str]:
         counts.update(text.replace(".", " ").replace(",", " ").replace("?", " ").split())
     for _ in range(200):
         style = f"speak in a {rng.choice(('calm', 'friendly'))} voice at a normal pace."
-        counts.update(system_prompt(rng.choice(corpus.NAMES), rng.choice(corpus.SHOPS), style).replace(".", " ").split())
+        counts.update(
+            system_prompt(rng.choice(corpus.NAMES), rng.choice(corpus.SHOPS), style).replace(".", " ").split()
+        )
     for word in (*LINE_WORDS, *general.ALL_WORDS, *corpus.DAYS, *corpus.NAMES, *" ".join(corpus.SHOPS).split()):
         counts[word] += 50
     return counts

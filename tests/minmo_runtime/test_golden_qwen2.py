@@ -48,9 +48,7 @@ def test_padded_batch_equals_transformers(golden: tuple[Backbone, dict[str, torc
         io[f"{side}pad.in.input_ids"], attention_mask=mask, position_ids=io.get(f"{side}pad.in.position_ids")
     )
     real = mask.bool()
-    torch.testing.assert_close(
-        model.logits(hidden)[real], io[f"{side}pad.out.logits"][real], atol=TOLERANCE, rtol=0
-    )
+    torch.testing.assert_close(model.logits(hidden)[real], io[f"{side}pad.out.logits"][real], atol=TOLERANCE, rtol=0)
 
 
 @torch.no_grad()
