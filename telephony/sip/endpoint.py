@@ -123,8 +123,12 @@ class SipEndpoint:
         """Let SIP happen for at most `wait_ms`."""
         self._now_s = now_s
         self._endpoint.libHandleEvents(wait_ms)
-        while self._buried and self._buried[0][0] < now_s:
-            self._buried.pop(0)
+        self._bury(now_s)
+
+    def _bury(self, now_s: float) -> None:
+        """Free finished legs. pjsua2's destructor of a Call acts on its slot number, so never while a new call has the slot."""
+        in_use = {leg.getId() for leg in (*self.legs.values(), *self._refused.values())}
+        self._buried = [(at_s, leg) for at_s, leg in self._buried if at_s > now_s or leg.getId() in in_use]
 
     def check_deadlines(self, now_s: float) -> None:
         for leg in list(self.legs.values()):

@@ -107,6 +107,8 @@ class SipLeg(pj.Call):
         if self.state is LegState.DISCONNECTED or self._cause is not None:
             return
         self._cause = cause
+        if not self.isActive():  # the party ended it this very moment; pjsip tells us next
+            return
         self.hangup(_call_param(_DECLINE if self.direction == "inbound" and self.state is not LegState.CONFIRMED else 0))
 
     def on_time(self, now_s: float) -> None:
