@@ -28,9 +28,9 @@ from minmo_runtime.training.dialogues import Turn, copy_task, dialogue
 from minmo_runtime.training.loop import LoopSettings, StepLoop
 from minmo_runtime.training.resume import load_tensors, save_tensors
 from minmo_runtime.training.stage import StageConfig, part_file
+from minmo_runtime.training.text_tokenizer import TOKENIZER_FILE
 from minmo_runtime.training.text_tokenizer import write as write_tokenizer
 
-TOKENIZER_FILE = "text_tokenizer.json"
 GAP = -1  # a position that holds a zero vector
 POOL_BATCHES = 8  # batches cut from one pool sorted by length: little padding
 SLOT_TOOLS = ("look_up_order", "opening_hours", "change_delivery")

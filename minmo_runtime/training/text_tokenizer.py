@@ -14,8 +14,9 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from minmo_runtime.text import normalise_spoken, system_prompt
+from minmo_runtime.text import TextTokenizer, normalise_spoken, system_prompt
 from minmo_runtime.training import corpus, general
+from minmo_runtime.training.stage import StageConfig
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -114,3 +115,25 @@ def write(path: Path, seed: int = 0) -> Tokenizer:
     path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(path), pretty=False)
     return tokenizer
+
+
+TOKENIZER_FILE = "text_tokenizer.json"
+
+
+def run(stage: StageConfig, work_dir: Path, budget_s: float) -> dict[str, float]:
+    """Write the tokenizer once (its ids are in every later weight file) and measure it on the agent's sentences."""
+    path = work_dir / "ship" / TOKENIZER_FILE
+    if not path.exists():
+        write(path, stage.seed)
+    tokenizer = TextTokenizer.from_file(path)
+    callers = corpus.caller_utterances(stage.seed + 1, "train", 2000)
+    texts = callers + corpus.agent_utterances(stage.seed + 1, "train", 2000)
+    words = {word for text in callers for word in text.split()}  # the agent's hold made-up names, which are pieces
+    num_whole = sum(len(tokenizer.encode(word)) == 1 for word in words)
+    num_words = sum(len(text.split()) for text in texts)
+    return {
+        "whole_words": num_whole / len(words),
+        "n_words": float(len(words)),
+        "tokens_per_word": sum(len(tokenizer.encode(text)) for text in texts) / num_words,
+        "vocab_size": float(tokenizer.vocab_size),
+    }
