@@ -74,7 +74,8 @@ class CallStore:
     def __init__(self, config: StorageConfig, *, is_background: bool = True) -> None:
         """`is_background=False`: SQL and recordings are written before a method returns (tests in virtual time)."""
         self._config = config
-        config.journal_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        config.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # first: `parents` would give it the usual mode
+        config.journal_folder.mkdir(mode=0o700, exist_ok=True)
         self._writer_lock = replay.take_writer_lock(config.journal_folder)
         self.engine = open_database(config)
         create_tables(self.engine)

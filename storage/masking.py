@@ -113,22 +113,24 @@ def _runs(text: str) -> list[list[_Unit]]:
 
 
 def _card_spans(run: list[_Unit], needs_luhn: bool) -> list[tuple[int, int]]:
-    """Spans of text inside one run that look like a card.
+    """Spans of text inside one run that look like a card, overlapping ones joined: rather a digit too many than one left.
 
-    Overlapping ones are joined: rather a digit too many than one left.
+    A span begins and ends where the text has a gap: digits written in one piece are one number, not many.
     """
     spans: list[tuple[int, int]] = []
+    is_gap = [index in (0, len(run)) or run[index - 1][2] < run[index][1] for index in range(len(run) + 1)]
     for first in range(len(run)):
         digits = ""
-        for unit in run[first:]:
-            digits += unit[0]
+        for last in range(first, len(run) if is_gap[first] else first):
+            digits += run[last][0]
             if len(digits) > MAX_DIGITS:
                 break
-            if len(digits) >= MIN_DIGITS and (not needs_luhn or passes_luhn(digits)):
-                if spans and run[first][1] <= spans[-1][1]:
-                    spans[-1] = (spans[-1][0], max(spans[-1][1], unit[2]))
-                else:
-                    spans.append((run[first][1], unit[2]))
+            if not is_gap[last + 1] or len(digits) < MIN_DIGITS or (needs_luhn and not passes_luhn(digits)):
+                continue
+            start, end = run[first][1], run[last][2]
+            if spans and start <= spans[-1][1]:
+                start, end = spans[-1][0], max(end, spans.pop()[1])
+            spans.append((start, end))
     return spans
 
 

@@ -46,9 +46,9 @@ class LiveTail:
             silent_s = 0.0
             while not self.is_stopping and is_allowed():
                 rows = await asyncio.to_thread(self._reader.tail_journal, after_id=position, call_id=call_id)
-                for row in rows:
-                    position = row["id"]
-                    yield as_event(row)
+                if rows:
+                    position = rows[-1]["id"]
+                    yield "".join(as_event(row) for row in rows)
                 silent_s = 0.0 if rows else silent_s + self._poll_s
                 if silent_s >= HEARTBEAT_S:
                     silent_s = 0.0
