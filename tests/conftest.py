@@ -31,6 +31,10 @@ def are_peers_required() -> bool:
     return os.environ.get("MINMO_REQUIRE_PEERS") == "1"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--golden-dir", default=None, help="folder of golden vectors (default: ../shared/reference, else the fixtures)")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     programs = [name for marker in item.iter_markers("peers") for name in marker.args]
     if missing := [name for name in programs if not find_program(name)]:

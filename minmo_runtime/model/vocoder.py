@@ -1,0 +1,47 @@
+"""The vocoder box of the figure: mel frames become a 24 kHz waveform. Which kind is data of the checkpoint.
+
+Both kinds have the same two methods: `new_state()` for one turn of one call, and `push(mel, state, is_final) -> samples`.
+Step 9 of the walk; what comes out is played from step 10 on. Knows nothing of either kind's inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from minmo_runtime.model.hift import HiftDims, HiftState, HiftVocoder, hift_keys
+from minmo_runtime.model.source_filter import SourceFilterDims, SourceFilterState, SourceFilterVocoder
+
+Vocoder = HiftVocoder | SourceFilterVocoder
+VocoderState = HiftState | SourceFilterState
+KINDS = ("hift", "source_filter")
+
+
+def build_vocoder(table: Mapping[str, Any]) -> Vocoder:
+    """From the table `[vocoder]`: `kind` and the sizes of that kind; weights are random until loaded."""
+    table = dict(table)
+    kind = table.pop("kind", None)
+    if kind == "hift":
+        return HiftVocoder(HiftDims.from_dict(table))
+    if kind == "source_filter":
+        return SourceFilterVocoder(SourceFilterDims.from_dict(table))
+    raise ValueError(f"vocoder.kind = {kind!r}: must be one of {', '.join(KINDS)}")
+
+
+def load_vocoder(vocoder: Vocoder, weights: dict[str, Tensor]) -> Vocoder:
+    """Strict load for serving; HiFT's weight norm is folded afterwards. Released HiFT names are accepted."""
+    if isinstance(vocoder, HiftVocoder):
+        vocoder.load_state_dict(hift_keys(weights), strict=True)
+        return vocoder.fold_weight_norm().eval()
+    vocoder.load_state_dict(weights, strict=True)
+    return vocoder.eval()
+
+
+def samples_per_frame(vocoder: Vocoder) -> int:
+    return vocoder.dims.samples_per_frame
+
+
+def sample_rate_hz(vocoder: Vocoder) -> int:
+    return vocoder.dims.sampling_rate if isinstance(vocoder, HiftVocoder) else vocoder.dims.sample_rate_hz
