@@ -34,6 +34,7 @@ HOME_OF = {
 # Function-local imports that are allowed, each with its reason.
 LOCAL_IMPORTS = {
     "agent/__main__.py": "a command loads only what it needs: `minmo db` must not wait for torch",
+    "agent/doctor.py": "says that torch is missing instead of failing on it",
     "minmo_runtime/server.py": "the fake runtime is served without torch",
     "minmo_runtime/training/vocoder.py": "espeak-ng is there at training time only",
     "telephony/worker.py": "FFmpeg is loaded only for an apology at another rate",

@@ -1,0 +1,226 @@
+"""The command line: `minmo serve | demo | call | train | eval | bench | doctor | db | campaign`.
+
+Thin: each command reads the settings, calls one function elsewhere and turns its answer into text and an exit status.
+Modules are imported inside the commands: `minmo db show` does not wait for torch, and runs where an extra is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from agent.config import Config, ConfigError, load_config
+from storage import show
+from storage.entries import StorageError, UnknownCall
+
+SHIPPED_CONFIG = Path(__file__).resolve().parent.parent / "config.toml"
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+app = typer.Typer(
+    name="minmo", help="A telephone agent that speaks with MinMo.", no_args_is_help=True, add_completion=False
+)
+db = typer.Typer(help="What was said: calls, transcripts, recordings.", no_args_is_help=True)
+campaign = typer.Typer(help="Which line is answered how.", no_args_is_help=True)
+app.add_typer(db, name="db")
+app.add_typer(campaign, name="campaign")
+
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="Settings; default: config.toml here, else the shipped one.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def settings(path: Path | None) -> Config:
+    """The given file, else config.toml in this folder, else the shipped one, else the defaults."""
+    found = path or next((file for file in (Path("config.toml"), SHIPPED_CONFIG) if file.is_file()), None)
+    try:
+        return load_config(found)
+    except ConfigError as error:
+        fail(str(error))
+
+
+def fail(text: str) -> NoReturn:
+    typer.echo(f"minmo: {text}", err=True)
+    raise typer.Exit(2)
+
+
+# ------------------------------------------------------------------ the agent
+
+
+@app.command()
+def serve(config: ConfigFile = None) -> None:
+    """Answer calls and serve the supervisors' page, until Ctrl-C."""
+    from agent.app import serve as run
+
+    raise typer.Exit(run(settings(config)))
+
+
+@app.command()
+def demo(as_json: AsJson = False) -> None:
+    """A caller dials the agent over SIP on this machine; exit 0 only if everything it claims was true."""
+    from agent.demo import run_demo
+
+    raise typer.Exit(run_demo(as_json=as_json))
+
+
+@app.command()
+def call(
+    uri: Annotated[str, typer.Argument(help="sip:100@127.0.0.1:5060")],
+    play: Annotated[Path | None, typer.Option(help="WAV that the caller says.", exists=True, dir_okay=False)] = None,
+    record: Annotated[Path | None, typer.Option(help="Two-channel WAV: left the caller, right the agent.")] = None,
+    dtmf: Annotated[str, typer.Option(help="Keys pressed once the agent is silent.")] = "",
+) -> None:
+    """Call a SIP address with your own audio; prints the timing of both sides as JSON."""
+    from agent.caller import call_once
+
+    typer.echo(json.dumps(call_once(uri, play=play, record=record, dtmf=dtmf), indent=2))
+
+
+@app.command()
+def doctor(config: ConfigFile = None, as_json: AsJson = False) -> None:
+    """What is installed, loaded and free; which bridges stand and why."""
+    from agent.doctor import State, examine
+
+    findings = examine(settings(config))
+    if as_json:
+        typer.echo(json.dumps([{"name": f.name, "state": f.state, "text": f.text} for f in findings], indent=2))
+    else:
+        colours = {State.OK: "green", State.WARNING: "yellow", State.FAULT: "red"}
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        for finding in findings:
+            table.add_row(
+                finding.name, f"[{colours[finding.state]}]{finding.state}[/]", finding.text.replace("[", r"\[")
+            )
+        Console().print(table)
+    raise typer.Exit(any(finding.state is State.FAULT for finding in findings))
+
+
+# ------------------------------------------------------------------ model
+
+
+@app.command()
+def train(
+    stages: Annotated[list[str], typer.Argument(help="parents | connectors | all | 0a ... 4")],
+    work_dir: Annotated[Path, typer.Option(help="Where data, states and results are kept.")] = Path("work"),
+    minutes: Annotated[float | None, typer.Option(help="CPU time for each stage; default: what its TOML says.")] = None,
+    again: Annotated[bool, typer.Option(help="Also stages that already passed.")] = False,
+) -> None:
+    """Train stages in order, resumable; a failed gate stops the chain and is named."""
+    from minmo_runtime.training.train import main as run
+
+    raise typer.Exit(run(stages, work_dir, None if minutes is None else minutes * 60, again))
+
+
+@app.command(name="eval", context_settings=PASS_ON)
+def evaluate(context: typer.Context) -> None:
+    """Measure recognition, task success and barge-in as defined in docs/evaluation.md."""
+    from agent.evaluate import main as run
+
+    raise typer.Exit(run(context.args))
+
+
+@app.command(context_settings=PASS_ON)
+def bench(context: typer.Context) -> None:
+    """Real-time factors of the model and frame gaps of the media; the last line is JSON."""
+    from agent.bench import main as run
+
+    raise typer.Exit(run(context.args))
+
+
+# ------------------------------------------------------------------ db
+
+
+@db.command(name="list")
+def db_list(
+    text: Annotated[str, typer.Argument(help="Only calls in which this was said.")] = "",
+    limit: Annotated[int, typer.Option(min=1, max=10_000)] = 20,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Calls, newest first."""
+    calls = show.list_calls(settings(config).storage, limit=limit, text=text)
+    if as_json:
+        typer.echo(show.as_json(calls))
+        return
+    for row in calls:
+        typer.echo(f"{row['call_id']}  {row['started_at']}  {row['ani']} -> {row['did']}  {row['disposition']}")
+
+
+@db.command(name="show")
+def db_show(
+    call_id: Annotated[str, typer.Argument(help="Empty = the newest call.")] = "",
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+    events: Annotated[bool, typer.Option(help="With the call's journal.")] = False,
+) -> None:
+    """One call: transcript as heard, timings from the wire, tools, recording."""
+    storage = settings(config).storage
+    try:
+        shown = show.show_call(storage, call_id or show.last_call_id(storage), has_events=events)
+    except UnknownCall:
+        fail(f"no call {call_id!r}" if call_id else "no call yet")
+    if as_json:
+        typer.echo(show.as_json(shown))
+        return
+    for key, value in shown.items():
+        if not isinstance(value, (list, dict)):
+            typer.echo(f"{key:>24}  {value}")
+    for turn in shown.get("turns", []):
+        typer.echo(f"{turn['role']:>24}: {turn['heard_text']}")
+
+
+@db.command(name="create")
+def db_create(config: ConfigFile = None) -> None:
+    """Create what is missing of the tables."""
+    typer.echo(show.as_json(show.create(settings(config).storage)))
+
+
+@db.command(name="seed")
+def db_seed(config: ConfigFile = None) -> None:
+    """Fill the demo shop's orders."""
+    typer.echo(show.as_json(show.seed(settings(config).storage)))
+
+
+@db.command(name="verify")
+def db_verify(config: ConfigFile = None) -> None:
+    """Check the audit chain; exit 1 where it is broken."""
+    verdict = show.verify(settings(config).storage)
+    typer.echo(show.as_json(verdict))
+    raise typer.Exit(verdict["broken_at_id"] is not None)
+
+
+# ------------------------------------------------------------------ campaigns
+
+
+@campaign.command(name="validate")
+def campaign_validate(config: ConfigFile = None) -> None:
+    """Check every campaign against what the checkpoint was trained on; exit 1 if one is refused."""
+    from agent.doctor import checkpoint_facts, checkpoint_folder, load_policies
+
+    known = settings(config)
+    try:
+        engine = load_policies(known, checkpoint_facts(checkpoint_folder(known)))
+    except ValueError as error:
+        fail(str(error))
+    for valid in engine.campaigns:
+        typer.echo(f"ok       {valid.name}: {', '.join(valid.dids)} -> {valid.persona.name} at {valid.shop}")
+    for problem in engine.problems:
+        typer.echo(f"refused  {problem.name}: {problem.reason}")
+    raise typer.Exit(bool(engine.problems) or not engine.campaigns)
+
+
+def main() -> None:
+    try:
+        app()
+    except StorageError as error:
+        sys.exit(f"minmo: {error}")
+
+
+if __name__ == "__main__":
+    main()
