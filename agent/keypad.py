@@ -1,0 +1,56 @@
+"""The keypad as a second way to say things: an order number, or 0 for a person.
+
+Pure: digits and times in, an outcome out. A number is complete at its known length or at '#'; '*' starts anew; a
+pause of `digit_timeout_s` closes it. A lone leading 0 asks for a person (order numbers never begin with 0).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+DIGIT_TIMEOUT_S = 4.0  # ITU-T E.161 gives no figure; IVR practice is 3-5 s between digits
+
+
+class Outcome(StrEnum):
+    NOTHING = "nothing"
+    NUMBER = "number"
+    INCOMPLETE = "incomplete"
+    PERSON = "person"
+
+
+@dataclass
+class Keypad:
+    """Collects one number at a time; `digits` holds the last complete one after NUMBER."""
+
+    num_digits: int  # length of an order number; 0 = the line has none
+    digit_timeout_s: float = DIGIT_TIMEOUT_S
+    digits: str = ""
+    _typed: str = ""
+    _last_at: float = 0.0
+
+    def press(self, digit: str, now: float) -> Outcome:
+        self._last_at = now
+        if digit == "0" and not self._typed:
+            return Outcome.PERSON
+        if digit == "*":
+            self._typed = ""
+            return Outcome.NOTHING
+        if digit == "#":
+            return self._close() if self._typed else Outcome.NOTHING
+        if not digit.isdigit() or not self.num_digits:  # A-D, or a line without numbers
+            return Outcome.NOTHING
+        self._typed += digit
+        return self._close() if len(self._typed) == self.num_digits else Outcome.NOTHING
+
+    def tick(self, now: float) -> Outcome:
+        if self._typed and now - self._last_at >= self.digit_timeout_s:
+            return self._close()
+        return Outcome.NOTHING
+
+    def _close(self) -> Outcome:
+        typed, self._typed = self._typed, ""
+        if len(typed) != self.num_digits:
+            return Outcome.INCOMPLETE
+        self.digits = typed
+        return Outcome.NUMBER

@@ -1,0 +1,520 @@
+"""Who may speak: the only place that decides. Pure: `step(event, now) -> actions`, no clock, no I/O, no text of its
+own.
+
+Theory
+------
+There is one *floor*. The agent has it while an *agent turn* is the current one: from the decision to speak (THINKING:
+it owes speech and nothing of it is heard) through its audible part (SPEAKING) until its last sample has left the
+wire. Otherwise the caller has it (LISTENING), whether speaking or silent. Agent turns queue: the next becomes current
+when the one before ends.
+
+Three overlaps are possible, each with its own rule:
+
+* caller voiced before anything of a draft was heard (THINKING): a *false end*. The caller had not finished. The draft
+  is cut, its tools never run, the caller's turn goes on as if nothing had been.
+* caller voiced while the agent is heard (SPEAKING): OVERLAP. The agent ducks on the spot, holds at the exact sample
+  when the caller goes on, and between `decide_min_s` and `decide_max_s` after the onset the duplex prediction
+  decides: *interrupt* (cut; the caller has the floor) or *backchannel*, noise, echo (resume at that sample; the
+  overlap is forgotten).
+* caller voiced in a *protected* turn (PROTECTED) or while the call closes (CLOSING): nothing happens to the floor.
+  The turn is heard in full; what the caller says is still listened to and transcribed.
+
+Two promises are kept by time alone. The caller is not left in silence: an owed turn that is not heard gets a filler
+after `filler_after_s` and is given up after `recover_after_s`; a silent caller is asked again, then the call closes.
+And a call ends: `max_call_s`.
+
+The table `NEXT` lists every state with the states that may follow; `_move` refuses anything else. Every (state,
+event) pair is answered by `_HANDLERS`; a pair that is not in it is deliberately without effect (tests/agent lists
+them).
+
+Sources: MinMo arXiv 2501.06282 section 3.4 (two decisions); Duplex rules of design §4a; users.md P8-P12, P16, L1, L2,
+L4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from agent import floor
+from agent.floor import Action, Event
+from agent.floor import TurnTakingConfig as TurnTakingConfig
+
+
+class State(StrEnum):
+    WAITING = "waiting"  # ringing: nothing may be heard yet
+    LISTENING = "listening"
+    THINKING = "thinking"
+    SPEAKING = "speaking"
+    PROTECTED = "protected"
+    OVERLAP = "overlap"
+    CLOSING = "closing"
+    CLOSED = "closed"
+
+
+_OPEN = frozenset({State.LISTENING, State.THINKING, State.SPEAKING, State.PROTECTED, State.CLOSING, State.CLOSED})
+NEXT: dict[State, frozenset[State]] = {
+    State.WAITING: _OPEN,
+    State.LISTENING: _OPEN,
+    State.THINKING: _OPEN,
+    State.SPEAKING: _OPEN | {State.OVERLAP},
+    State.PROTECTED: _OPEN,
+    State.OVERLAP: _OPEN,
+    State.CLOSING: frozenset({State.CLOSING, State.CLOSED}),
+    State.CLOSED: frozenset(),
+}
+
+
+@dataclass
+class AgentTurn:
+    """One stretch of the floor that the agent wants or has."""
+
+    turn_id: str
+    purpose: str  # "reply", or the key of a fixed line
+    is_protected: bool = False
+    closing_cause: str = ""
+    is_audible: bool = False
+    owed_since: float = 0.0
+    has_filler: bool = False
+
+
+@dataclass
+class CallerTurn:
+    """The caller's open stretch: counted on the caller's own clock (seconds of received audio)."""
+
+    voiced_s: float = 0.0
+    words: str = ""
+    confidence: float = 1.0
+    num_slot_digits: int = 0
+    has_waited: bool = False  # predicted user_waits: "hold on, let me look"
+
+
+@dataclass
+class Overlap:
+    started_at: float
+    started_at_audio_s: float
+    voiced_s: float = 0.0
+    words: str = ""
+    prediction: floor.Predicted | None = None
+    is_paused: bool = False
+    is_agent_done: bool = False  # the current turn was played to its end meanwhile
+
+
+@dataclass
+class TurnTaking:
+    """Drive it with `step`; it owns the floor of one call and knows neither audio nor models."""
+
+    config: TurnTakingConfig = field(default_factory=TurnTakingConfig)
+    slot_digits: int = 0  # length of the number this line expects, 0 = none
+    state: State = State.WAITING
+    caller: CallerTurn = field(default_factory=CallerTurn)
+    queue: list[AgentTurn] = field(default_factory=list)
+    overlap: Overlap | None = None
+    answered_at: float | None = None
+    _num_turns: int = 0
+    _num_reprompts: int = 0
+    _audio_s: float = 0.0  # the caller's clock
+    _last_voiced_at: float = 0.0  # wall
+    _last_voiced_audio_s: float = -1.0
+    _stretch_s: float = 0.0  # voiced audio of the running stretch
+    _is_ignoring: bool = False  # a voice that was judged noise: until it falls silent
+    _listening_since: float = 0.0
+    _prediction: floor.Predicted | None = None
+    _waiting_lines: list[floor.LineWanted] = field(default_factory=list)
+    _hang_up_at: float | None = None
+    _closing_since: float = 0.0
+    _actions: list[Action] = field(default_factory=list)
+
+    # ------------------------------------------------------------------- drive
+
+    def step(self, event: Event, now: float) -> list[Action]:
+        """Everything that follows from `event` at `now` (seconds, any steady origin), in order."""
+        self._actions = []
+        handler = _HANDLERS.get((self.state, type(event)))
+        if handler is not None:
+            handler(self, event, now)
+        return self._actions
+
+    @property
+    def current(self) -> AgentTurn | None:
+        return self.queue[0] if self.queue else None
+
+    def is_caller_voiced(self, now: float) -> bool:
+        return self._last_voiced_audio_s >= 0 and now - self._last_voiced_at < self.config.burst_silence_s
+
+    def _move(self, state: State) -> None:
+        assert state in NEXT[self.state], f"{self.state} -> {state} is not in the table"
+        self.state = state
+
+    # ---------------------------------------------------------------- agent turns
+
+    def _take_floor(
+        self, purpose: str, now: float, *, is_protected: bool = False, closing_cause: str = ""
+    ) -> AgentTurn:
+        self._num_turns += 1
+        turn = AgentTurn(f"a{self._num_turns}", purpose, is_protected, closing_cause, owed_since=now)
+        self.queue.append(turn)
+        self._actions.append(floor.TakeFloor(turn.turn_id, purpose, self.caller.words, self.caller.confidence))
+        if self.state is not State.WAITING and self.current is turn:
+            self._enter_current(now)
+        return turn
+
+    def _enter_current(self, now: float) -> None:
+        """The first of the queue is what the agent says now; without one the caller has the floor."""
+        turn = self.current
+        if turn is None:
+            if self.state is not State.LISTENING:
+                self._move(State.LISTENING)
+                self._listening_since = now
+            self._say_waiting_line(now)
+        elif turn.closing_cause:
+            self._closing_since = now
+            self._move(State.CLOSING)
+        else:
+            turn.owed_since = now
+            self._move(State.PROTECTED if turn.is_protected else State.SPEAKING if turn.is_audible else State.THINKING)
+
+    def _cut_current(self, reason: str, now: float) -> None:
+        """The current turn ends here. Queued turns fall with it, except those that must be heard."""
+        turn, *rest = self.queue
+        self._actions.append(floor.Cut(turn.turn_id, reason))
+        for dropped in [t for t in rest if not t.is_protected]:
+            self._actions.append(floor.Cut(dropped.turn_id, "false_end"))
+        self.queue = [t for t in rest if t.is_protected]
+        self._enter_current(now)
+
+    def _say_waiting_line(self, now: float) -> None:
+        if self._waiting_lines and not self.queue and not self.is_caller_voiced(now):
+            line = self._waiting_lines.pop(0)
+            self.caller = CallerTurn()
+            self._take_floor(line.purpose, now, is_protected=line.is_protected, closing_cause=line.closing_cause)
+
+    # ---------------------------------------------------------------- life of the call
+
+    def _on_ringing(self, event: floor.Ringing, now: float) -> None:
+        for line in event.opening:
+            self._take_floor(line.purpose, now, is_protected=line.is_protected)
+
+    def _on_answered(self, _event: floor.Answered, now: float) -> None:
+        self.answered_at = self._listening_since = now
+        self._enter_current(now)
+
+    def _on_line_wanted(self, event: floor.LineWanted, now: float) -> None:
+        self._waiting_lines.append(event)
+        if event.closing_cause and self.state in (State.SPEAKING, State.THINKING, State.OVERLAP):
+            self._actions.append(floor.ResumePlayout())  # whatever was held makes way for the goodbye
+            self._cut_current("interrupt", now)
+        elif self.state is State.LISTENING:
+            self._say_waiting_line(now)
+
+    def _on_hang_up_wanted(self, event: floor.HangUpWanted, now: float) -> None:
+        """The call's own decision (a tool that was heard, a transfer that went through): nothing more to say."""
+        self._actions.append(floor.HangUp(event.cause))
+        self._move(State.CLOSED)
+
+    def _on_gone(self, _event: floor.Gone, now: float) -> None:
+        self.queue.clear()
+        self._move(State.CLOSED)
+
+    # ------------------------------------------------------------------- playout
+
+    def _on_heard(self, event: floor.Heard, now: float) -> None:
+        turn = self.current
+        if turn is None or event.turn_id != turn.turn_id:
+            return
+        turn.is_audible = True
+        turn.owed_since = now
+        if self.state is State.THINKING:
+            self._move(State.SPEAKING)
+            self._stretch_s = 0.0  # what is voiced from here on is an overlap, not a false end
+        if event.is_finished:
+            self._on_turn_over(turn, now)
+
+    def _on_turn_over(self, turn: AgentTurn, now: float) -> None:
+        if self.state is State.OVERLAP and self.overlap is not None:
+            self.overlap.is_agent_done = True  # what the overlap meant still decides whose words they were
+            return
+        self._actions.append(floor.TurnOver(turn.turn_id))
+        if turn.closing_cause:
+            self._hang_up_at = now + self.config.linger_s
+            return
+        self.queue.pop(0)
+        if not self.queue:
+            self._listening_since = now
+            if self.state is not State.PROTECTED:
+                self.caller = CallerTurn()
+        self._enter_current(now)
+
+    def _on_dry(self, event: floor.PlayoutDry, now: float) -> None:
+        """Everything that was made of the current turn has been heard, and it is not complete: speech is owed again."""
+        turn = self.current
+        if turn is None or turn.turn_id != event.turn_id:
+            return
+        turn.owed_since, turn.is_audible = now, False
+        if self.state is State.SPEAKING:
+            self._move(State.THINKING)
+
+    def _on_lost(self, event: floor.TurnLost, now: float) -> None:
+        lost = [turn for turn in self.queue if turn.turn_id == event.turn_id]
+        if not lost:
+            return
+        if lost[0] is not self.current:
+            self.queue.remove(lost[0])
+            self._actions.append(floor.Cut(event.turn_id, "recover"))
+            return
+        if self.state is State.CLOSING:  # the goodbye cannot be said: close without it
+            self._hang_up_at = now
+            return
+        self._leave_overlap()
+        self._cut_current("recover", now)
+
+    # -------------------------------------------------------------------- caller
+
+    def _hear(self, event: floor.CallerAudio, now: float) -> bool:
+        """Book-keeping common to all states; true when this piece is voiced and not to be ignored."""
+        self._audio_s = event.end_s
+        if not event.is_voiced:
+            if now - self._last_voiced_at >= self.config.burst_silence_s:
+                self._stretch_s = 0.0
+                self._is_ignoring = False
+            return False
+        self._last_voiced_at, self._last_voiced_audio_s = now, event.end_s
+        self._stretch_s += event.duration_s
+        return not self._is_ignoring
+
+    def _on_audio_quietly(self, event: floor.CallerAudio, now: float) -> None:
+        if self._hear(event, now):
+            self.caller.voiced_s += event.duration_s
+            self.caller.has_waited = False
+        self._on_tick(floor.Tick(), now)
+
+    def _on_audio_thinking(self, event: floor.CallerAudio, now: float) -> None:
+        if self._hear(event, now) and self._stretch_s >= self.config.false_end_voiced_s:
+            self.caller.voiced_s += self._stretch_s
+            self._cut_current("false_end", now)
+            return
+        self._on_tick(floor.Tick(), now)
+
+    def _on_audio_speaking(self, event: floor.CallerAudio, now: float) -> None:
+        if self._hear(event, now) and self._stretch_s >= self.config.onset_voiced_s:
+            self.overlap = Overlap(started_at=now - self._stretch_s, started_at_audio_s=event.end_s - self._stretch_s)
+            self.overlap.voiced_s = self._stretch_s
+            self._actions.append(floor.DuckPlayout())
+            self._move(State.OVERLAP)
+            return
+        self._on_tick(floor.Tick(), now)
+
+    def _on_audio_overlap(self, event: floor.CallerAudio, now: float) -> None:
+        assert self.overlap is not None
+        if self._hear(event, now):
+            self.overlap.voiced_s += event.duration_s
+        self._decide_overlap(now)
+
+    def _on_words(self, event: floor.CallerWords, now: float) -> None:
+        if self.state is State.OVERLAP and self.overlap is not None:
+            self.overlap.words = event.text
+            return
+        self.caller.words = event.text
+        self.caller.confidence = event.confidence
+        self.caller.num_slot_digits = event.num_slot_digits
+        if event.text:
+            self._num_reprompts = 0
+
+    def _on_predicted(self, event: floor.Predicted, now: float) -> None:
+        self._prediction = event
+        if event.user_waits >= self.config.user_done_probability:
+            self.caller.has_waited = True
+        self._end_caller_turn(now)
+
+    def _on_predicted_speaking(self, event: floor.Predicted, now: float) -> None:
+        if event.interrupt >= self.config.interrupt_probability:
+            self._is_ignoring = False  # the voice we took for noise has turned into speech: the next voiced piece ducks
+
+    def _on_predicted_overlap(self, event: floor.Predicted, now: float) -> None:
+        assert self.overlap is not None
+        if event.at_s > self.overlap.started_at_audio_s:
+            self.overlap.prediction = event
+        self._decide_overlap(now)
+
+    def _on_key(self, _event: floor.KeyPressed, now: float) -> None:
+        """A key is never noise: it stops the agent at once, and the silence clock starts anew."""
+        self._num_reprompts = 0
+        self._listening_since = now
+        if self.state in (State.SPEAKING, State.THINKING, State.OVERLAP):
+            self._leave_overlap()
+            self._cut_current("interrupt", now)
+
+    # ------------------------------------------------------------------ decisions
+
+    def _end_caller_turn(self, now: float) -> None:
+        """LISTENING only: has the caller finished?"""
+        caller, silence = self.caller, now - self._last_voiced_at
+        if caller.voiced_s <= 0 or silence < self.config.end_silence_s:
+            return
+        is_slot_open = 0 < caller.num_slot_digits < self.slot_digits
+        patience = self.config.slot_patience_s if is_slot_open else self.config.missed_end_s
+        is_predicted = (
+            self._prediction is not None
+            and self._prediction.user_done >= self.config.user_done_probability
+            and self._prediction.at_s >= self._last_voiced_audio_s
+            and not is_slot_open
+        )
+        if caller.has_waited and silence < self.config.reprompt_after_s:
+            return
+        if caller.words and (is_predicted or silence >= patience):
+            self._take_floor("reply", now)
+        elif not caller.words and silence >= self.config.missed_end_s:
+            if caller.voiced_s >= self.config.wordless_s:
+                self._take_floor("reply", now)
+            else:
+                self.caller = CallerTurn()
+
+    def _decide_overlap(self, now: float) -> None:
+        overlap, config = self.overlap, self.config
+        assert overlap is not None
+        elapsed, silence = now - overlap.started_at, now - self._last_voiced_at
+        p = overlap.prediction or floor.Predicted(at_s=0.0)
+        is_burst_over = silence >= config.burst_silence_s
+        is_theirs = p.interrupt > max(p.backchannel, p.idle)
+        if is_burst_over and overlap.voiced_s < config.burst_voiced_s:
+            return self._resume(now, "noise")
+        if elapsed >= config.decide_min_s:
+            if p.interrupt >= config.interrupt_probability and overlap.voiced_s >= config.burst_voiced_s:
+                return self._interrupt(now)
+            if is_burst_over and p.backchannel + p.idle > p.interrupt:
+                return self._resume(now, "backchannel" if p.backchannel >= p.idle else "noise")
+        if elapsed >= config.decide_max_s:
+            # Undecided: a voice that goes on is meant; one that is called noise or echo, or that fell silent, is not.
+            is_noise = p.idle + p.backchannel > 0.5
+            if is_theirs or not (is_burst_over or is_noise):
+                return self._interrupt(now)
+            return self._resume(now, "noise" if p.idle >= p.backchannel else "backchannel")
+        if (
+            elapsed >= config.pause_after_s
+            and not overlap.is_paused
+            and p.backchannel + p.idle < 0.5
+            and not is_burst_over
+        ):
+            overlap.is_paused = True
+            self._actions.append(floor.PausePlayout())
+
+    def _interrupt(self, now: float) -> None:
+        overlap = self._leave_overlap()
+        self.caller = CallerTurn(voiced_s=overlap.voiced_s, words=overlap.words)
+        self._cut_current("interrupt", now)
+
+    def _resume(self, now: float, why: str) -> None:
+        overlap = self._leave_overlap()
+        self._is_ignoring = True  # until it falls silent: the same voice must not duck us again and again
+        self._actions += [floor.ResumePlayout(), floor.DiscardOverlap(why, overlap.words)]
+        turn = self.current
+        assert turn is not None
+        self._move(State.SPEAKING)
+        if overlap.is_agent_done:
+            self._on_turn_over(turn, now)
+
+    def _leave_overlap(self) -> Overlap:
+        overlap = self.overlap or Overlap(started_at=0.0, started_at_audio_s=0.0)
+        self.overlap = None
+        return overlap
+
+    # ----------------------------------------------------------------------- time
+
+    def _on_tick(self, _event: Event, now: float) -> None:
+        if self._has_call_ended(now):
+            return
+        match self.state:
+            case State.LISTENING:
+                self._end_caller_turn(now)
+                self._break_silence(now)
+            case State.THINKING | State.PROTECTED:
+                self._watch_owed(now)
+            case State.OVERLAP:
+                self._decide_overlap(now)
+            case State.CLOSING:
+                self._finish_closing(now)
+
+    def _has_call_ended(self, now: float) -> bool:
+        if self.answered_at is None or now - self.answered_at < self.config.max_call_s or self.state is State.CLOSING:
+            return False
+        self._actions.append(floor.ResumePlayout())
+        self._leave_overlap()
+        if self.queue:
+            self._actions += [floor.Cut(turn.turn_id, "interrupt") for turn in self.queue]
+            self.queue.clear()
+        self._take_floor("max_length", now, closing_cause="max_length")
+        return True
+
+    def _watch_owed(self, now: float) -> None:
+        turn = self.current
+        if turn is None or (self.state is State.PROTECTED and turn.is_audible):
+            return
+        owed_s = now - turn.owed_since
+        if owed_s >= self.config.recover_after_s:
+            self._actions.append(floor.Defect("silence", f"{turn.purpose} owed for {owed_s:.1f} s", turn.turn_id))
+            self._cut_current("recover", now)
+            if self.state is State.LISTENING:
+                self.caller = CallerTurn()
+                self._take_floor("apology", now)
+        elif owed_s >= self.config.filler_after_s and not turn.has_filler:
+            turn.has_filler = True
+            self._actions.append(floor.Filler(turn.turn_id))
+
+    def _break_silence(self, now: float) -> None:
+        if self.state is not State.LISTENING:
+            return
+        self._say_waiting_line(now)
+        if self.state is not State.LISTENING:
+            return
+        silent_since = max(self._listening_since, self._last_voiced_at)
+        if now - silent_since < self.config.reprompt_after_s:
+            return
+        self.caller = CallerTurn()
+        if self._num_reprompts >= self.config.max_reprompts:
+            self._take_floor("goodbye_silence", now, closing_cause="silence")
+        else:
+            self._num_reprompts += 1
+            self._take_floor("reprompt", now)
+
+    def _finish_closing(self, now: float) -> None:
+        turn = self.current
+        assert turn is not None
+        is_heard = self._hang_up_at is not None and now >= self._hang_up_at
+        if is_heard or now - self._closing_since >= self.config.closing_max_s:
+            self._actions.append(floor.HangUp(turn.closing_cause))
+            self._move(State.CLOSED)
+
+
+_Handler = Callable[[TurnTaking, Any, float], None]
+_T = TurnTaking
+_ACTIVE = (State.LISTENING, State.THINKING, State.SPEAKING, State.PROTECTED, State.OVERLAP)
+
+
+def _in_all(states: tuple[State, ...], event: type, handler: _Handler) -> dict[tuple[State, type], _Handler]:
+    return {(state, event): handler for state in states}
+
+
+_HANDLERS: dict[tuple[State, type], _Handler] = {
+    (State.WAITING, floor.Ringing): _T._on_ringing,
+    (State.WAITING, floor.Answered): _T._on_answered,
+    (State.WAITING, floor.HangUpWanted): _T._on_hang_up_wanted,
+    (State.WAITING, floor.Gone): _T._on_gone,
+    **_in_all((*_ACTIVE, State.CLOSING), floor.Gone, _T._on_gone),
+    **_in_all((*_ACTIVE, State.CLOSING), floor.HangUpWanted, _T._on_hang_up_wanted),
+    **_in_all((*_ACTIVE, State.CLOSING), floor.Tick, _T._on_tick),
+    **_in_all((*_ACTIVE, State.CLOSING), floor.Heard, _T._on_heard),
+    **_in_all(_ACTIVE, floor.PlayoutDry, _T._on_dry),
+    **_in_all((*_ACTIVE, State.CLOSING), floor.TurnLost, _T._on_lost),
+    **_in_all(_ACTIVE, floor.LineWanted, _T._on_line_wanted),
+    **_in_all(_ACTIVE, floor.CallerWords, _T._on_words),
+    **_in_all(_ACTIVE, floor.KeyPressed, _T._on_key),
+    **_in_all((State.LISTENING, State.PROTECTED, State.CLOSING), floor.CallerAudio, _T._on_audio_quietly),
+    (State.THINKING, floor.CallerAudio): _T._on_audio_thinking,
+    (State.SPEAKING, floor.CallerAudio): _T._on_audio_speaking,
+    (State.OVERLAP, floor.CallerAudio): _T._on_audio_overlap,
+    (State.LISTENING, floor.Predicted): _T._on_predicted,
+    (State.SPEAKING, floor.Predicted): _T._on_predicted_speaking,
+    (State.OVERLAP, floor.Predicted): _T._on_predicted_overlap,
+}
