@@ -1,7 +1,8 @@
 """`api.Runtime` over the engine's Unix socket. One connection carries all calls of one agent process.
 
-When the connection breaks, every open stream's `events` raises StreamLost and so does `send`: the agent replays transcripts
-on the next engine. It knows nothing of models; it does not reconnect by itself (the agent owns that decision).
+When the connection breaks, every open stream's `events` raises StreamLost and so does `send`: the agent replays
+transcripts on the next engine. It knows nothing of models; it does not reconnect by itself (the agent owns that
+decision).
 """
 
 from __future__ import annotations
@@ -133,5 +134,6 @@ class RuntimeClient:
         self._opening.clear()
 
     def _queue(self, call_id: str) -> asyncio.Queue[RuntimeEvent | StreamLost | None]:
-        # Not bounded here: the engine makes at most a few seconds of audio ahead of the wire, so what piles up is bounded there.
+        # Not bounded here: the engine makes at most a few seconds of audio ahead of the wire, so what piles up is
+        # bounded there.
         return self._queues.setdefault(call_id, asyncio.Queue())

@@ -1,11 +1,12 @@
 """A deterministic runtime without a model: scripted ears, a rule-based persona, tones for a voice.
 
-Maintained product code, used by scenario tests of whole calls in virtual time. Its only clock is the caller's audio: every
-`PushAudio` moves the stream on by its samples, and everything that the fake owes until then comes out, in order. The same
-requests therefore always give the same events. It knows nothing of the agent and nothing of torch.
+Maintained product code, used by scenario tests of whole calls in virtual time. Its only clock is the caller's audio:
+every `PushAudio` moves the stream on by its samples, and everything that the fake owes until then comes out, in
+order. The same requests therefore always give the same events. It knows nothing of the agent and nothing of torch.
 
-What the caller "says" is a script: the n-th voiced segment is heard as the n-th `FakeLine`. What the agent answers is a list
-of `FakeRule`s over the text of the user turn; a rule with a tool asks for it first and may use the result in its text.
+What the caller "says" is a script: the n-th voiced segment is heard as the n-th `FakeLine`. What the agent answers is
+a list of `FakeRule`s over the text of the user turn; a rule with a tool asks for it first and may use the result in
+its text.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ class FakeLine(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FakeRule(msgspec.Struct, frozen=True, kw_only=True):
-    """`pattern` is searched in the user's text; its named groups and the tool's result fill `{...}` in arguments and text."""
+    """`pattern` is searched in the user's text; its named groups and the tool's result fill `{...}` in arguments and
+    text."""
 
     pattern: str
     text: str
@@ -157,7 +159,9 @@ class FakeStream:
             case DiscardOverlap():
                 self._overlap_text = []
                 if self._segment_start >= 0 and self._segment_in_reply and self._line is not None:
-                    self._line = msgspec.structs.replace(self._line, kind="noise")  # what is left of it is not listened to
+                    self._line = msgspec.structs.replace(
+                        self._line, kind="noise"
+                    )  # what is left of it is not listened to
                 return []
             case _:
                 return []
@@ -381,7 +385,11 @@ def _tone(start: int, num_samples: int, rate_hz: int) -> bytes:
     return array(
         "h",
         (
-            int(6000 * math.sin(2 * math.pi * _TONE_HZ * i / rate_hz) * (0.75 + 0.25 * math.sin(4 * math.pi * i / rate_hz)))
+            int(
+                6000
+                * math.sin(2 * math.pi * _TONE_HZ * i / rate_hz)
+                * (0.75 + 0.25 * math.sin(4 * math.pi * i / rate_hz))
+            )
             for i in range(start, start + num_samples)
         ),
     ).tobytes()

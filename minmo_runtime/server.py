@@ -1,8 +1,8 @@
 """The engine process: any `api.Runtime` behind a Unix socket.
 
-`python -m minmo_runtime.server --socket PATH --checkpoint DIR` loads the checkpoint, lowers its own priority (media goes
-first), prints `ready` on stdout once it accepts, and ends when its parent is gone, on SIGTERM, or with the socket's folder.
-A connection that closes takes its streams with it. It knows nothing of the agent.
+`python -m minmo_runtime.server --socket PATH --checkpoint DIR` loads the checkpoint, lowers its own priority (media
+goes first), prints `ready` on stdout once it accepts, and ends when its parent is gone, on SIGTERM, or with the
+socket's folder. A connection that closes takes its streams with it. It knows nothing of the agent.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The engine's socket protocol: 4-byte big-endian length, then one msgpack message of api.py (or one of the two below).
 
-Shared by server.py and client.py; knows the messages and nothing else. No pickle: msgspec refuses what is not in the union.
+Shared by server.py and client.py; knows the messages and nothing else. No pickle: msgspec refuses what is not in the
+union.
 """
 
 from __future__ import annotations

@@ -28,7 +28,9 @@ def open_stream(script: FakeScript) -> FakeStream:
 def push(stream: FakeStream, milliseconds: int, voiced: bool) -> list[RuntimeEvent]:
     events: list[RuntimeEvent] = []
     for _ in range(milliseconds // 20):
-        events += stream.receive(PushAudio(call_id="c", pcm=bytes(2 * PACKET), start_sample=stream.sample, voiced=voiced))
+        events += stream.receive(
+            PushAudio(call_id="c", pcm=bytes(2 * PACKET), start_sample=stream.sample, voiced=voiced)
+        )
     return events
 
 
@@ -38,7 +40,9 @@ def of(events: list[RuntimeEvent], kind: type) -> list:
 
 def test_same_requests_give_same_events() -> None:
     def run() -> list[RuntimeEvent]:
-        stream = open_stream(FakeScript(lines=(FakeLine(text="hello there"),), rules=(FakeRule(pattern="hello", text="hi you."),)))
+        stream = open_stream(
+            FakeScript(lines=(FakeLine(text="hello there"),), rules=(FakeRule(pattern="hello", text="hi you."),))
+        )
         events = push(stream, 1000, True) + push(stream, 800, False)
         events += stream.receive(StartReply(call_id="c", turn_id="t"))
         return events + push(stream, 2000, False)

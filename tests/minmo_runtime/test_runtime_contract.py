@@ -31,14 +31,25 @@ from minmo_runtime.api import (
     ToolResult,
 )
 from minmo_runtime.client import RuntimeClient
+from minmo_runtime.config import RuntimeConfig
+from minmo_runtime.engine import Engine, EngineRuntime
 from minmo_runtime.fake import FakeRule, FakeRuntime, FakeScript
+from minmo_runtime.random_checkpoint import write_random_checkpoint
 from minmo_runtime.server import RuntimeServer
+from minmo_runtime.weights import load_checkpoint
 
 PACKET = INPUT_SAMPLE_RATE_HZ * 20 // 1000
 SCRIPT = FakeScript(
     rules=(
-        FakeRule(pattern=r"order (?P<n>\d+)", tool="look_up_order", arguments={"order_number": "{n}"}, text="your order is {status}."),
-        FakeRule(pattern="hello", text="hello, this is a rather long answer so that it can be cut in the middle of it."),
+        FakeRule(
+            pattern=r"order (?P<n>\d+)",
+            tool="look_up_order",
+            arguments={"order_number": "{n}"},
+            text="your order is {status}.",
+        ),
+        FakeRule(
+            pattern="hello", text="hello, this is a rather long answer so that it can be cut in the middle of it."
+        ),
     )
 )
 MAX_STREAMS = 2
@@ -102,7 +113,35 @@ async def fake_over_socket(tmp_path: Path) -> AsyncIterator[Runtime]:
     await server.stop()
 
 
-IMPLEMENTATIONS: dict[str, Callable] = {"fake": fake_in_process, "fake-socket": fake_over_socket}
+@contextlib.asynccontextmanager
+async def engine_in_process(tmp_path: Path) -> AsyncIterator[Runtime]:
+    async with EngineRuntime(make_engine(tmp_path)) as runtime:
+        yield runtime
+
+
+@contextlib.asynccontextmanager
+async def engine_over_socket(tmp_path: Path) -> AsyncIterator[Runtime]:
+    async with EngineRuntime(make_engine(tmp_path)) as runtime:
+        server = RuntimeServer(runtime, tmp_path / "engine.sock")
+        await server.start()
+        client = await RuntimeClient.connect(tmp_path / "engine.sock")
+        yield client
+        await client.close()
+        await server.stop()
+
+
+def make_engine(tmp_path: Path) -> Engine:
+    """The real engine with tiny random weights."""
+    checkpoint = load_checkpoint(write_random_checkpoint(tmp_path / "checkpoint"))
+    return Engine(checkpoint, RuntimeConfig(max_streams=MAX_STREAMS, max_reply_tokens=24))
+
+
+IMPLEMENTATIONS: dict[str, Callable] = {
+    "fake": fake_in_process,
+    "fake-socket": fake_over_socket,
+    "engine": engine_in_process,
+    "engine-socket": engine_over_socket,
+}
 
 
 @pytest.fixture(params=sorted(IMPLEMENTATIONS))
@@ -243,6 +282,8 @@ class TestFakeOnly:
         await call.push(50)
         assert not call.of(AudioDelta)
         await call.runtime.send(
-            ToolResult(call_id="c1", turn_id="t1", tool_call_id=wanted.tool_call_id, content="status shipped day wednesday")
+            ToolResult(
+                call_id="c1", turn_id="t1", tool_call_id=wanted.tool_call_id, content="status shipped day wednesday"
+            )
         )
         assert (await call.until(ReplyFinished)).text == "your order is shipped."

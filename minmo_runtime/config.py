@@ -1,0 +1,75 @@
+"""Settings of the engine; `agent/config.py` fills them from the `[runtime]` section of config.toml. Knows no file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """How one engine process serves its calls. The model's own numbers are not here: they come with the checkpoint."""
+
+    max_streams: int = 4
+    """Calls held at once; the next one is refused (RuntimeOverloaded)."""
+
+    max_context_tokens: int = 1536
+    """Text positions kept per call, prompt and history together; the oldest turns are dropped beyond it."""
+
+    max_reply_tokens: int = 160
+    """Text tokens of one reply; a reply that does not end by itself ends here."""
+
+    max_voice_tokens: int = 1500
+    """Voice tokens of one turn (25 a second); bounds the voice cache."""
+
+    max_ahead_s: float = 5.0
+    """Audio made beyond what the caller has heard; more would be thrown away on an interruption."""
+
+    max_unheard_input_s: float = 30.0
+    """Caller audio waiting to be encoded; beyond it the oldest is dropped and the stream says so in its statistics."""
+
+    max_job_ms: float = 25.0
+    """No job runs longer without yielding to the next choice of the scheduler."""
+
+    prefill_chunk_tokens: int = 48
+    """Most text positions of one prefill job."""
+
+    urgent_audio_s: float = 0.4
+    """A call with less audio than this in hand goes before everything else."""
+
+    preroll_ms: int = 480
+    """Caller audio kept from before the voice onset (design §4a)."""
+
+    hangover_ms: int = 640
+    """Silence that closes a caller's segment (design §4a)."""
+
+    prediction_ms: int = 160
+    """Distance of two duplex predictions on the input clock."""
+
+    num_threads: int = 1
+    """torch threads; more than one collapses when another process holds a core (facts/nano.md §1)."""
+
+    quantize: str = "none"
+    """none | int8: dynamic int8 linears where the module measured faster with them."""
+
+    def __post_init__(self) -> None:
+        allowed: tuple[tuple[str, float, float], ...] = (
+            ("max_streams", 1, 256),
+            ("max_context_tokens", 64, 131_072),
+            ("max_reply_tokens", 8, 4096),
+            ("max_voice_tokens", 50, 20_000),
+            ("max_ahead_s", 0.5, 60.0),
+            ("max_unheard_input_s", 1.0, 120.0),
+            ("max_job_ms", 1.0, 1000.0),
+            ("prefill_chunk_tokens", 1, 4096),
+            ("urgent_audio_s", 0.0, 5.0),
+            ("preroll_ms", 0, 2000),
+            ("hangover_ms", 100, 5000),
+            ("prediction_ms", 20, 1000),
+            ("num_threads", 1, 64),
+        )
+        for name, low, high in allowed:
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f"runtime.{name} = {value}: must be from {low:g} to {high:g}")
+        if self.quantize not in ("none", "int8"):
+            raise ValueError(f"runtime.quantize = {self.quantize!r}: must be none or int8")

@@ -1,0 +1,203 @@
+"""The listening side of one call: voice-activity gate, segments waiting to be encoded, and what they said so far.
+
+Caller audio runs through a gate (pre-roll 480 ms, hangover 640 ms, design §4a): each stretch of speech becomes a
+`Segment` with a fresh encoder state, as the encoder was trained on utterances; long silence is never encoded. The
+encoder itself runs in runner.py; this file only keeps samples and results. Time is the input clock, in samples. Walk:
+step 6.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minmo_runtime import features
+from minmo_runtime.api import Caption, PushAudio
+from minmo_runtime.config import RuntimeConfig
+from minmo_runtime.ctc import GreedyCtc
+from minmo_runtime.rates import input_samples
+
+
+@dataclass
+class Segment:
+    """One stretch of caller speech. The gate appends samples; the encode job takes them and writes `ctc`, `text`."""
+
+    start_sample: int
+    last_voiced_sample: int
+    onset_sample: int  # first voiced sample, behind the pre-roll
+    is_overlap: bool  # began while the agent was speaking
+    pcm: deque[NDArray[np.int16]] = field(default_factory=deque)  # not yet turned into features
+    num_samples: int = 0
+    num_frames_encoded: int = 0  # fbank frames
+    is_closed: bool = False  # no sample follows
+    is_final: bool = False  # all of it is encoded
+    is_discarded: bool = False  # a backchannel, noise, echo: forget it
+    ctc: GreedyCtc = field(default_factory=GreedyCtc)
+    text: str = ""
+    # Owned by the encode job; opaque here.
+    fbank: Any = None
+    encoder_state: Any = None
+    pending_features: Any = None
+
+    def append(self, pcm: NDArray[np.int16]) -> None:
+        self.pcm.append(pcm)
+        self.num_samples += len(pcm)
+
+    def take_pcm(self) -> NDArray[np.int16]:
+        """Everything not yet taken, as one array."""
+        pcm = np.concatenate(self.pcm) if self.pcm else np.zeros(0, np.int16)
+        self.pcm.clear()
+        return pcm
+
+    def num_frames_waiting(self) -> int:
+        """Fbank frames that could be encoded now."""
+        return features.num_frames(self.num_samples) - self.num_frames_encoded
+
+
+@dataclass
+class Ear:
+    """Owned by its stream. `segments` are those not fully encoded, oldest first; `captions` what the encode job
+    owes."""
+
+    call_id: str
+    config: RuntimeConfig
+    clock: int = 0  # input samples received
+    last_voiced_sample: int = -1
+    segments: deque[Segment] = field(default_factory=deque)
+    user_text: list[str] = field(default_factory=list)  # final texts of the open user turn
+    overlap_text: list[str] = field(default_factory=list)
+    open_segment: Segment | None = None
+    num_dropped_samples: int = 0
+    _preroll: deque[NDArray[np.int16]] = field(default_factory=deque)
+    _preroll_samples: int = 0
+    _heard_until: int = 0  # end of the last segment: its samples are not used twice
+
+    # -------------------------------------------------------------------- audio
+
+    def push(self, request: PushAudio, is_agent_speaking: bool) -> None:
+        """Take one packet; a gap on the input clock is silence, what was already received is skipped."""
+        pcm = np.frombuffer(request.pcm, dtype="<i2")
+        if request.start_sample > self.clock:
+            gap = min(request.start_sample - self.clock, input_samples(1000))
+            self.clock = request.start_sample - gap
+            self._take(np.zeros(gap, np.int16), False, is_agent_speaking)
+        elif request.start_sample < self.clock:
+            pcm = pcm[self.clock - request.start_sample :]
+        if len(pcm):
+            self._take(pcm, request.voiced, is_agent_speaking)
+
+    def _take(self, pcm: NDArray[np.int16], voiced: bool, is_agent_speaking: bool) -> None:
+        start, self.clock = self.clock, self.clock + len(pcm)
+        if voiced:
+            self.last_voiced_sample = self.clock
+            if self.open_segment is None:
+                self._open(start, is_agent_speaking)
+        segment = self.open_segment
+        if segment is None:
+            self._keep_preroll(pcm)
+            return
+        segment.append(pcm)
+        self._drop_surplus(segment)
+        if voiced:
+            segment.last_voiced_sample = self.clock
+        elif self.clock - segment.last_voiced_sample >= input_samples(self.config.hangover_ms):
+            self.close_segment()
+
+    def _open(self, onset: int, is_agent_speaking: bool) -> None:
+        start = max(onset - min(self._preroll_samples, input_samples(self.config.preroll_ms)), self._heard_until)
+        segment = Segment(start, onset, onset, is_agent_speaking)
+        kept = np.concatenate(self._preroll) if self._preroll else np.zeros(0, np.int16)
+        if onset > start:
+            segment.append(kept[len(kept) - (onset - start) :])
+        self._preroll.clear()
+        self._preroll_samples = 0
+        self.open_segment = segment
+        self.segments.append(segment)
+
+    def close_segment(self) -> None:
+        """End the open segment now (hangover over, or the agent takes the floor)."""
+        if self.open_segment is not None:
+            self.open_segment.is_closed = True
+            self.open_segment = None
+            self._heard_until = self.clock
+
+    def _keep_preroll(self, pcm: NDArray[np.int16]) -> None:
+        self._preroll.append(pcm)
+        self._preroll_samples += len(pcm)
+        while self._preroll_samples - len(self._preroll[0]) >= input_samples(self.config.preroll_ms):
+            self._preroll_samples -= len(self._preroll.popleft())
+
+    def _drop_surplus(self, segment: Segment) -> None:
+        """Bounded queue: a caller who speaks on while the engine is late loses the oldest audio, and it is counted."""
+        waiting = sum(len(part) for part in segment.pcm)
+        while waiting > input_samples(1000 * self.config.max_unheard_input_s):
+            oldest = segment.pcm.popleft()
+            waiting -= len(oldest)
+            segment.num_samples -= len(oldest)
+            self.num_dropped_samples += len(oldest)
+
+    # ------------------------------------------------------------------ results
+
+    def take_text(self, segment: Segment, text: str) -> Caption | None:
+        """The encode job heard `text` so far in `segment` (all of it if `is_final`). Returns the caption to send, if
+        any."""
+        has_changed, segment.text = text != segment.text, text
+        if segment.is_final:
+            self.segments.remove(segment)
+            if text and not segment.is_discarded:
+                (self.overlap_text if segment.is_overlap else self.user_text).append(text)
+        if segment.is_discarded or not text or not (has_changed or segment.is_final):
+            return None
+        return Caption(
+            call_id=self.call_id,
+            text=text,
+            is_final=segment.is_final,
+            confidence=segment.ctc.confidence,
+            start_sample=segment.onset_sample,
+            end_sample=segment.last_voiced_sample,
+            during_reply=segment.is_overlap,
+        )
+
+    def heard_so_far(self, overlap: bool) -> str:
+        """Text of the open user turn, or of the overlap, including segments still being encoded."""
+        done = self.overlap_text if overlap else self.user_text
+        running = [s.text for s in self.segments if s.is_overlap == overlap and s.text and not s.is_discarded]
+        return " ".join([*done, *running])
+
+    def has_unheard(self) -> bool:
+        """Whether speech of the caller's own turn still waits for the encoder."""
+        return any(not s.is_overlap and not s.is_discarded for s in self.segments)
+
+    # ------------------------------------------------------------- turn changes
+
+    def take_user_turn(self) -> str:
+        """Close the user turn: its text, overlap that nobody discarded first."""
+        text = " ".join([*self.overlap_text, *self.user_text])
+        self.overlap_text, self.user_text = [], []
+        return text
+
+    def replace_user_turn(self, text: str) -> None:
+        """Keypad digits or a test's line stand for whatever was heard."""
+        self.discard(overlap=False)
+        self.user_text = [text]
+
+    def discard(self, overlap: bool) -> None:
+        """Forget what was said in the overlap (or in the user turn), including what is still running."""
+        for segment in self.segments:
+            if segment.is_overlap == overlap:
+                segment.is_discarded = True
+        if overlap:
+            self.overlap_text = []
+        else:
+            self.user_text = []
+
+    def adopt_overlap(self) -> None:
+        """The overlap was an interruption: it opens the next user turn, and what is still running belongs to it."""
+        self.user_text = [*self.overlap_text, *self.user_text]
+        self.overlap_text = []
+        for segment in self.segments:
+            segment.is_overlap = False

@@ -1,0 +1,216 @@
+"""The engine: one `step(now)` = schedule → run → deliver, for all calls at once.
+
+`Engine` is a plain object: requests in, events out, time an argument. `EngineRuntime` is its thin asyncio shell and
+implements `api.Runtime`; server.py puts that behind a socket. Walk: step 7.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import torch
+
+from minmo_runtime.api import (
+    CloseStream,
+    OpenStream,
+    RuntimeEvent,
+    RuntimeOverloaded,
+    RuntimeRequest,
+    StreamFailed,
+    StreamLost,
+    StreamOpened,
+)
+from minmo_runtime.config import RuntimeConfig
+from minmo_runtime.runner import Runner
+from minmo_runtime.scheduler import Job, JobKind, Scheduler
+from minmo_runtime.stream import Stream
+from minmo_runtime.weights import Checkpoint, load_checkpoint
+
+MAX_QUEUED_EVENTS = 4096  # per call; a consumer that lets more pile up loses its stream (StreamFailed)
+_IDLE_POLL_S = 0.02  # while a reply waits for its audio to be played
+
+
+class Engine:
+    """Owns the runner and the streams. Not thread-safe; nothing in it blocks for longer than one job."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: RuntimeConfig,
+        make_scheduler: Callable[[RuntimeConfig, int], Scheduler] = Scheduler,
+        timer: Callable[[], float] | None = None,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.config = config
+        self.runner = Runner(checkpoint, config)
+        self.scheduler = make_scheduler(config, self.runner.chunk_fbank_frames)
+        self.streams: dict[str, Stream] = {}
+        self.say_cache: dict = {}  # fixed sentences' samples, shared by all calls
+        self._timer = timer
+        # (kind, rows, seconds) of the latest jobs, if a timer was given; what the benches read
+        self.job_times: deque[tuple[JobKind, int, float]] = deque(maxlen=100_000)
+        self.num_long_jobs = 0
+
+    def receive(self, request: RuntimeRequest, now: float) -> list[RuntimeEvent]:
+        """Take one request; raises RuntimeOverloaded, ValueError (already open) or StreamLost (not open)."""
+        stream = self.streams.get(request.call_id)
+        match request:
+            case OpenStream():
+                if stream is not None:
+                    raise ValueError(f"stream {request.call_id!r} is already open")
+                return [self._open(request)]
+            case CloseStream():
+                if stream is not None:
+                    self._free(stream)
+                return []
+            case _:
+                if stream is None:
+                    raise StreamLost(f"no open stream {request.call_id!r}")
+                stream.receive(request, now)
+                return self._deliver((stream,))
+
+    def step(self, now: float) -> list[RuntimeEvent]:
+        """One job, or none. Returns the events it made, of each call in order."""
+        for stream in self.streams.values():
+            stream.advance()
+        job = self.scheduler.pick(self.streams.values(), now)
+        if job is None:
+            return []
+        failed = self._run(job, now)
+        events = self._deliver(job.streams)
+        for call_id, reason in failed.items():
+            self._free(self.streams[call_id])
+            events.append(StreamFailed(call_id=call_id, reason=reason))
+        return events
+
+    def has_work(self, now: float) -> bool:
+        """Whether `step(now)` would do something."""
+        for stream in self.streams.values():
+            stream.advance()
+        return any(self.scheduler.ready(stream, now) for stream in self.streams.values())
+
+    @property
+    def has_replies(self) -> bool:
+        """Whether some reply is under way, even if it must wait for its audio to be played."""
+        return any(stream.replies for stream in self.streams.values())
+
+    def _open(self, request: OpenStream) -> StreamOpened:
+        if len(self.streams) >= self.config.max_streams:
+            raise RuntimeOverloaded(f"{len(self.streams)} streams are open, at most {self.config.max_streams}")
+        slot = self.runner.pool.take(request.call_id)
+        stream = Stream(request, slot, self.config, self.checkpoint.rates, self.checkpoint.text_tokenizer)
+        stream.needs_hidden = "out" not in self.checkpoint.bridges
+        stream.say_cache = self.say_cache
+        self.streams[request.call_id] = stream
+        return StreamOpened(
+            call_id=request.call_id,
+            output_sample_rate_hz=self.checkpoint.rates.output_sample_rate_hz,
+            checkpoint=self.checkpoint.label,
+            bridges=self.checkpoint.bridges,
+        )
+
+    def _free(self, stream: Stream) -> None:
+        del self.streams[stream.call_id]
+        self.runner.pool.give_back(stream.slot)
+        self.runner.voice_cache.reset(stream.slot)
+
+    def _run(self, job: Job, now: float) -> dict[str, str]:
+        begin = self._timer() if self._timer else 0.0
+        try:
+            return self.runner.run(job, now)
+        except Exception as error:  # a defect or no memory: these calls end, the engine and the others go on
+            reason = f"{job.kind.value}: {type(error).__name__}: {error}"
+            print(f"engine: {reason} in calls {[s.call_id for s in job.streams]}", file=sys.stderr)
+            return {stream.call_id: reason for stream in job.streams}
+        finally:
+            if self._timer:
+                seconds = self._timer() - begin
+                self.job_times.append((job.kind, len(job.streams), seconds))
+                self.num_long_jobs += seconds * 1000 > self.config.max_job_ms
+
+    def _deliver(self, streams: tuple[Stream, ...]) -> list[RuntimeEvent]:
+        events: list[RuntimeEvent] = []
+        for stream in streams:
+            events += stream.outbox
+            stream.outbox = []
+        return events
+
+
+def load_engine(folder: Path, config: RuntimeConfig) -> Engine:
+    """An engine on the checkpoint in `folder`, with torch set up for one process per core."""
+    torch.set_num_threads(config.num_threads)
+    return Engine(load_checkpoint(folder), config, timer=time.perf_counter)
+
+
+class EngineRuntime:
+    """`api.Runtime` in this process: `async with EngineRuntime(engine) as runtime`. Between two jobs the event loop
+    runs."""
+
+    def __init__(self, engine: Engine, clock: Callable[[], float] = time.monotonic) -> None:
+        self.engine = engine
+        self._clock = clock
+        self._queues: dict[str, asyncio.Queue[RuntimeEvent | StreamLost | None]] = {}
+        self._woken = asyncio.Event()
+        self._pump: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> EngineRuntime:
+        self._pump = asyncio.create_task(self._step_forever(), name="engine")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._pump is not None:
+            self._pump.cancel()
+            await asyncio.gather(self._pump, return_exceptions=True)
+        for call_id in list(self.engine.streams):
+            self._put(call_id, StreamLost("the engine was stopped"))
+
+    async def send(self, request: RuntimeRequest) -> None:
+        was_open = request.call_id in self.engine.streams
+        self._dispatch(self.engine.receive(request, self._clock()))
+        if isinstance(request, CloseStream) and was_open:
+            self._put(request.call_id, None)
+        self._woken.set()
+
+    async def events(self, call_id: str) -> AsyncIterator[RuntimeEvent]:
+        queue = self._queue(call_id)
+        while (event := await queue.get()) is not None:
+            if isinstance(event, StreamLost):
+                self._queues.pop(call_id, None)
+                raise event
+            yield event
+        self._queues.pop(call_id, None)
+
+    async def _step_forever(self) -> None:
+        while True:
+            now = self._clock()
+            self._dispatch(self.engine.step(now))
+            if self.engine.has_work(now):
+                await asyncio.sleep(0)
+                continue
+            self._woken.clear()
+            try:
+                await asyncio.wait_for(self._woken.wait(), _IDLE_POLL_S if self.engine.has_replies else None)
+            except TimeoutError:
+                continue
+
+    def _dispatch(self, events: list[RuntimeEvent]) -> None:
+        for event in events:
+            self._put(event.call_id, event)
+            if isinstance(event, StreamFailed):
+                self._put(event.call_id, None)
+
+    def _queue(self, call_id: str) -> asyncio.Queue[RuntimeEvent | StreamLost | None]:
+        return self._queues.setdefault(call_id, asyncio.Queue())
+
+    def _put(self, call_id: str, event: RuntimeEvent | StreamLost | None) -> None:
+        queue = self._queue(call_id)
+        if queue.qsize() >= MAX_QUEUED_EVENTS and call_id in self.engine.streams:
+            self.engine.receive(CloseStream(call_id=call_id), self._clock())
+            queue.put_nowait(StreamFailed(call_id=call_id, reason=f"{MAX_QUEUED_EVENTS} events were not read"))
+            event = None
+        queue.put_nowait(event)

@@ -1,0 +1,126 @@
+"""Which job runs next, for all calls at once. Pure: looks at streams, changes nothing, no clock of its own.
+
+Order of urgency (design, issue 4): a call whose audio is about to run out, then listening, then the first chunk of a
+reply, then the rest. Within one call the job furthest downstream goes first, so text is made as the voice needs it,
+and little is thrown away on an interruption. Rows of other calls that are ready for the same kind of job join the
+batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+
+from minmo_runtime.config import RuntimeConfig
+from minmo_runtime.reply import ReplyPhase
+from minmo_runtime.stream import Stream
+
+
+class JobKind(Enum):
+    """In the order of the walk. `is_batched`: one forward pass serves several calls."""
+
+    ENCODE = "encode"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    VOICE = "voice"
+    FLOW = "flow"
+    VOCODE = "vocode"
+    REPLAY = "replay"
+    FINISH = "finish"
+    ALIGN = "align"
+
+    @property
+    def is_batched(self) -> bool:
+        return self in (JobKind.ENCODE, JobKind.DECODE, JobKind.VOICE)
+
+
+class Urgency(IntEnum):
+    RUNNING_OUT = 0
+    LISTENING = 1
+    FIRST_CHUNK = 2
+    REST = 3
+
+
+@dataclass(frozen=True)
+class Job:
+    kind: JobKind
+    streams: tuple[Stream, ...]
+
+
+class Scheduler:
+    """The real one: urgency and batches."""
+
+    def __init__(self, config: RuntimeConfig, chunk_fbank_frames: int) -> None:
+        self.config = config
+        self.chunk_fbank_frames = chunk_fbank_frames
+
+    def pick(self, streams: Iterable[Stream], now: float) -> Job | None:
+        """The next job, or None if nothing can be done."""
+        ready = [item for stream in streams for item in self.ready(stream, now)]
+        if not ready:
+            return None
+        # sort is stable: among equals the call with the least audio in hand comes first
+        ready.sort(key=lambda item: (item[0], item[2].buffered_s(now)))
+        _, kind, first = ready[0]
+        if not kind.is_batched:
+            return Job(kind, (first,))
+        return Job(kind, tuple(stream for _, other, stream in ready if other is kind))
+
+    def ready(self, stream: Stream, now: float) -> list[tuple[Urgency, JobKind, Stream]]:
+        """What this call could do now: listening and speaking go side by side."""
+        found: list[tuple[Urgency, JobKind, Stream]] = []
+        if self._can_encode(stream):
+            found.append((Urgency.LISTENING, JobKind.ENCODE, stream))
+        if stream.truncations:
+            found.append((Urgency.FIRST_CHUNK, JobKind.ALIGN, stream))
+        elif (kind := self._speaking_job(stream, now)) is not None:
+            found.append((self._urgency(stream, now), kind, stream))
+        return found
+
+    def _urgency(self, stream: Stream, now: float) -> Urgency:
+        reply = stream.head
+        if reply is None:
+            return Urgency.REST
+        if not reply.is_sounding:
+            return Urgency.FIRST_CHUNK
+        return Urgency.RUNNING_OUT if stream.buffered_s(now) < self.config.urgent_audio_s else Urgency.REST
+
+    def _can_encode(self, stream: Stream) -> bool:
+        if not stream.ear.segments:
+            return False
+        segment = stream.ear.segments[0]
+        return segment.is_closed or segment.num_frames_waiting() >= self.chunk_fbank_frames
+
+    def _speaking_job(self, stream: Stream, now: float) -> JobKind | None:
+        """The job furthest downstream that has its input."""
+        reply = stream.head
+        if reply is None:
+            return None if stream.conversation.is_current() or stream.replies else JobKind.PREFILL
+        if reply.phase is ReplyPhase.REPLAY:
+            return JobKind.REPLAY if stream.has_room_ahead(now) else None
+        if reply.mels or (reply.is_mel_complete and not reply.is_vocoded):
+            return JobKind.VOCODE
+        if reply.can_flow:
+            return JobKind.FLOW
+        has_room = stream.has_room_ahead(now)
+        if reply.voice is not None and not reply.is_voice_done and not reply.is_voice_waiting:
+            return JobKind.VOICE if has_room else None
+        if reply.phase is ReplyPhase.PREFILL:
+            return JobKind.PREFILL
+        if reply.phase is ReplyPhase.DECODING:
+            return JobKind.DECODE if has_room else None
+        if reply.phase is ReplyPhase.SPEAKING and (reply.is_vocoded or reply.voice is None):
+            return JobKind.FINISH
+        return None
+
+
+class PlainScheduler(Scheduler):
+    """The obvious loop: the first call that can do anything does it alone. Same results, tested against each other."""
+
+    def pick(self, streams: Iterable[Stream], now: float) -> Job | None:
+        for stream in streams:
+            ready: Sequence[tuple[Urgency, JobKind, Stream]] = self.ready(stream, now)
+            if ready:
+                return Job(ready[0][1], (stream,))
+        return None

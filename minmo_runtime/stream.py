@@ -1,0 +1,319 @@
+"""One call inside the runtime: what it was told, what it owes, what may be worked on next. No tensors, no clock, no IO.
+
+Requests come in through `receive`, jobs (runner.py) change the ear, the conversation and the replies, events leave
+through `outbox`. `now` is the engine's time in seconds; the caller's audio has its own clock in samples. Walk: steps
+6 and 10.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minmo_runtime import bridges
+from minmo_runtime.api import (
+    AudioDelta,
+    CancelReply,
+    DiscardOverlap,
+    OpenStream,
+    PushAudio,
+    PushText,
+    ReplyFinished,
+    ReplyTruncated,
+    RuntimeEvent,
+    RuntimeRequest,
+    Say,
+    StartReply,
+    TextDelta,
+    ToolCallRequested,
+    ToolResult,
+)
+from minmo_runtime.config import RuntimeConfig
+from minmo_runtime.conversation import Conversation
+from minmo_runtime.ear import Ear
+from minmo_runtime.rates import Rates, input_samples
+from minmo_runtime.reply import Reply, ReplyPhase
+from minmo_runtime.text import TextTokenizer, normalise_spoken
+
+MAX_CACHED_SENTENCES = 64  # of all calls together; about 3 s of 24 kHz audio each, 10 MB in all
+_MARKUP = re.compile(r"<[^<>]*>|[<>|]")
+
+
+def plain(text: str) -> str:
+    """Text from outside cannot hold special tokens: anything that looks like one is taken out; the model reads lower
+    case."""
+    return " ".join(_MARKUP.sub(" ", text.lower()).split())
+
+
+@dataclass
+class Truncation:
+    """A cut reply whose heard words are being looked for in its own audio (ALIGN jobs). Tensors are opaque here."""
+
+    reply: Reply
+    played_samples: int
+    reason: str
+    audio: Any = None  # features not yet encoded
+    encoder_state: Any = None
+    log_probs: list[Any] = field(default_factory=list)
+
+
+class Stream:
+    """Owned and changed by the engine only."""
+
+    def __init__(
+        self, request: OpenStream, slot: int, config: RuntimeConfig, rates: Rates, tokenizer: TextTokenizer
+    ) -> None:
+        self.call_id = request.call_id
+        self.slot = slot  # of both caches
+        self.config = config
+        self.rates = rates
+        self.seed = request.seed
+        self.slot_digits = request.slot_digits
+        self.ear = Ear(request.call_id, config)
+        self.conversation = Conversation(tokenizer, config.max_context_tokens)
+        self.conversation.add("system", plain(request.system_prompt))
+        for role, text in request.history:
+            self.conversation.add(role, plain(text))
+        self.conversation.retarget()
+        self.replies: deque[Reply] = deque()
+        self.last_reply: Reply | None = None  # finished, its audio may still be playing
+        self.truncations: deque[Truncation] = deque()
+        self.outbox: list[RuntimeEvent] = []
+        self.playback_end_s = 0.0
+        self.failure = ""
+        self.needs_hidden = (
+            False  # whether a Say must run through the LLM (a trained output projector reads hidden states)
+        )
+        self.predicts_itself = False  # whether a trained duplex head stands in for the endpointer
+        self.say_cache: dict[tuple[str, str], list[NDArray[np.int16]]] = {}
+        self._next_prediction = input_samples(config.prediction_ms)
+
+    # ----------------------------------------------------------------- requests
+
+    def receive(self, request: RuntimeRequest, now: float) -> None:
+        match request:
+            case PushAudio():
+                self.ear.push(request, self.is_agent_speaking(now))
+                self._predict(now)
+            case PushText():
+                self.ear.replace_user_turn(plain(request.text))
+            case StartReply():
+                self._start_reply(request, now)
+            case Say():
+                self._say(request, now)
+            case ToolResult():
+                self._take_tool_result(request)
+            case CancelReply():
+                self._cancel(request, now)
+            case DiscardOverlap():
+                self.ear.discard(overlap=True)
+            case _:
+                raise ValueError(f"{type(request).__name__} is not a request to an open stream")
+
+    def _start_reply(self, request: StartReply, now: float) -> None:
+        self.ear.adopt_overlap()  # neither discarded nor cut by: it is part of what is answered
+        self.ear.close_segment()
+        reply = Reply(request.turn_id, ReplyPhase.LISTENING, waiting_segments=list(self.ear.segments), started_s=now)
+        self.replies.append(reply)
+
+    def _say(self, request: Say, now: float) -> None:
+        text = " ".join(request.text.split())
+        reply = Reply(
+            request.turn_id,
+            ReplyPhase.PREFILL if self.needs_hidden else ReplyPhase.DECODING,
+            forced_text=text,
+            forced_ids=self.conversation.tokenizer.encode(plain(text)),
+            style=request.style,
+            is_forced=True,
+            started_s=now,
+        )
+        if cached := self.say_cache.get((text, request.style)):
+            reply.phase, reply.replay = ReplyPhase.REPLAY, list(cached)
+        if not reply.forced_ids:
+            reply.phase = ReplyPhase.REPLAY  # nothing to say: finished at once
+        if self.replies and self.replies[0].phase is ReplyPhase.TOOL:
+            self.replies.appendleft(reply)  # "one moment, please" while the tool runs
+        else:
+            self.replies.append(reply)
+
+    def _take_tool_result(self, request: ToolResult) -> None:
+        for reply in self.replies:
+            if reply.phase is ReplyPhase.TOOL and reply.tool_call_id == request.tool_call_id:
+                self.conversation.add("tool", plain(request.content))
+                self.conversation.retarget("assistant")
+                reply.tool_call_id = ""
+                reply.become(ReplyPhase.PREFILL)
+
+    def _cancel(self, request: CancelReply, now: float) -> None:
+        reply = next((r for r in self.replies if r.turn_id == request.turn_id), None)
+        if reply is None and self.last_reply is not None and self.last_reply.turn_id == request.turn_id:
+            reply = self.last_reply
+        if reply is None:
+            self.emit(ReplyTruncated(call_id=self.call_id, turn_id=request.turn_id, heard_text="", generated_text=""))
+            return
+        if reply in self.replies:
+            self.replies.remove(reply)
+        self.last_reply = None
+        self.playback_end_s = min(self.playback_end_s, now)
+        if request.reason == "recover":
+            self.ear.discard(overlap=True)
+        else:
+            self.ear.adopt_overlap()
+        played = 0 if request.reason == "false_end" else max(0, request.played_samples)
+        self.truncations.append(Truncation(reply, played, request.reason))
+        if played == 0:
+            self.finish_truncation(self.truncations[-1], "")
+        elif reply.phase is ReplyPhase.DONE and played >= reply.num_samples:
+            self.finish_truncation(self.truncations[-1], reply.text)
+
+    # -------------------------------------------------------------- what is next
+
+    @property
+    def head(self) -> Reply | None:
+        """The reply that is worked on; none while a cut is being resolved (it decides the context)."""
+        return self.replies[0] if self.replies and not self.truncations else None
+
+    def advance(self) -> None:
+        """Transitions that need no model: the user turn is fully heard → its text goes into the context."""
+        reply = self.head
+        if reply is None or reply.phase is not ReplyPhase.LISTENING:
+            return
+        if any(not segment.is_final for segment in reply.waiting_segments):
+            return
+        reply.messages_before = list(self.conversation.messages)
+        reply.user_text = normalise_spoken(self.ear.take_user_turn())
+        self.conversation.add("user", reply.user_text)
+        self.conversation.retarget("assistant")
+        reply.wants_query = self.needs_hidden
+        reply.become(ReplyPhase.PREFILL)
+
+    def buffered_s(self, now: float) -> float:
+        """Audio sent and, by the clock, not yet played."""
+        return max(0.0, self.playback_end_s - now)
+
+    def is_agent_speaking(self, now: float) -> bool:
+        if self.buffered_s(now) > 0:
+            return True
+        reply = self.head
+        return reply is not None and reply.is_sounding and reply.phase is not ReplyPhase.DONE
+
+    def has_room_ahead(self, now: float) -> bool:
+        return self.buffered_s(now) < self.config.max_ahead_s
+
+    # ------------------------------------------------------------------ results
+
+    def emit(self, event: RuntimeEvent) -> None:
+        self.outbox.append(event)
+
+    def send_text(self, reply: Reply, text: str) -> None:
+        if text:
+            reply.text += text
+            self.emit(TextDelta(call_id=self.call_id, turn_id=reply.turn_id, text=text))
+
+    def send_audio(self, reply: Reply, pcm: NDArray[np.int16], now: float) -> None:
+        if not len(pcm):
+            return
+        if reply.first_audio_s < 0:
+            reply.first_audio_s = now
+        self.emit(
+            AudioDelta(
+                call_id=self.call_id, turn_id=reply.turn_id, sequence=reply.sequence, pcm=pcm.astype("<i2").tobytes()
+            )
+        )
+        reply.pcm.append(pcm)
+        reply.sequence += 1
+        reply.num_samples += len(pcm)
+        self.playback_end_s = max(self.playback_end_s, now) + len(pcm) / self.rates.output_sample_rate_hz
+
+    def finish_reply(self, reply: Reply) -> None:
+        """All text and audio were handed out."""
+        assert self.replies[0] is reply, f"turn {reply.turn_id} is not the one being worked on"
+        self.replies.popleft()
+        reply.become(ReplyPhase.DONE)
+        self.last_reply = reply
+        if reply.is_forced and reply.pcm:
+            self._remember(reply)
+        reply.messages_base = list(self.conversation.messages)
+        self._add_spoken(plain(reply.text) + reply.tool_line)
+        self.emit(
+            ReplyFinished(call_id=self.call_id, turn_id=reply.turn_id, text=reply.text, num_samples=reply.num_samples)
+        )
+
+    def finish_truncation(self, truncation: Truncation, heard_text: str) -> None:
+        """The heard words are known: the context becomes what really happened (design §4 rule 4)."""
+        self.truncations.remove(truncation)
+        reply = truncation.reply
+        if truncation.reason == "false_end":
+            if reply.messages_before is not None:
+                self.conversation.messages = reply.messages_before
+                self.ear.user_text.insert(0, reply.user_text)
+        else:
+            if reply.messages_base is not None:
+                self.conversation.messages = reply.messages_base
+            self._add_spoken(plain(heard_text))
+        reply.phase = ReplyPhase.DONE
+        self.conversation.retarget()
+        self.emit(
+            ReplyTruncated(
+                call_id=self.call_id, turn_id=reply.turn_id, heard_text=heard_text, generated_text=reply.text
+            )
+        )
+
+    def _add_spoken(self, text: str) -> None:
+        """Into the context. What was said while a tool ran stands before the tool's result, as it was said."""
+        if not text:
+            return
+        self.conversation.add("assistant", text)
+        messages = self.conversation.messages
+        waiting = self.replies[0] if self.replies else None
+        if waiting is not None and waiting.num_tools and len(messages) > 1 and messages[-2].role == "tool":
+            messages[-2:] = [messages[-1], messages[-2]]
+        self.conversation.retarget()
+
+    def request_tool(self, reply: Reply, name: str, arguments: dict[str, str]) -> None:
+        reply.num_tools += 1
+        reply.tool_call_id = f"{self.call_id}/{reply.turn_id}/{reply.num_tools}"
+        self.emit(
+            ToolCallRequested(
+                call_id=self.call_id,
+                turn_id=reply.turn_id,
+                tool_call_id=reply.tool_call_id,
+                name=name,
+                arguments=arguments,
+            )
+        )
+
+    def _remember(self, reply: Reply) -> None:
+        """Keep a fixed sentence's samples, so that the next call gets it at once; a bounded number of them."""
+        key = (reply.forced_text, reply.style)
+        if key not in self.say_cache:
+            while len(self.say_cache) >= MAX_CACHED_SENTENCES:
+                del self.say_cache[next(iter(self.say_cache))]
+            self.say_cache[key] = list(reply.pcm)
+
+    # ---------------------------------------------------------------- prediction
+
+    def _predict(self, now: float) -> None:
+        while not self.predicts_itself and self._next_prediction <= self.ear.clock:
+            ear = self.ear
+            segment = ear.open_segment
+            silence = ear.clock - ear.last_voiced_sample if ear.last_voiced_sample >= 0 else ear.clock
+            is_speaking = self.is_agent_speaking(now)
+            view = bridges.TurnView(
+                sample=self._next_prediction,
+                is_voiced=silence == 0,
+                silence_samples=silence,
+                voiced_samples=segment.last_voiced_sample - segment.onset_sample if segment else 0,
+                text=normalise_spoken(ear.heard_so_far(overlap=False)),
+                overlap_text=ear.heard_so_far(overlap=True),
+                is_agent_speaking=is_speaking,
+                has_segment=segment is not None and segment.is_overlap == is_speaking,
+                slot_digits=self.slot_digits,
+            )
+            self.emit(bridges.predict(self.call_id, view))
+            self._next_prediction += input_samples(self.config.prediction_ms)

@@ -1,0 +1,315 @@
+"""A checkpoint folder: its table of contents (checkpoint.toml), its tensors (safetensors), its tokenizers.
+
+    name = "nano"
+    [facts]       languages, dialects, emotions, rates, voices: what it was trained on
+    [rates]       frame times (rates.Rates)
+    [tokenizers]  text = "text_tokenizer.json", ctc = "ctc_tokenizer.json"
+    [encoder] ... one table of sizes per part (the part's Dims; [vocoder] has a `kind` beside them)
+    [files.encoder]   path, sha256, voice_tokenizer_sha256 (voice_lm and flow: which tokenizer their voice tokens are
+    from)
+
+A part whose table is missing is a connector that a bridge stands in for; a part with a table but without weights
+starts at random and makes the checkpoint UNTRAINED, said in every StreamOpened. Tensors are stored as float32,
+bfloat16 or int8 (with `<key>.scale`, one per row) and run in float32. It knows nothing of calls. Read once at the
+start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from minmo_runtime.model.backbone import Backbone
+from minmo_runtime.model.dims import BackboneDims, EncoderDims
+from minmo_runtime.model.duplex import DuplexDims, DuplexPredictor
+from minmo_runtime.model.encoder import VoiceEncoder
+from minmo_runtime.model.flow import Flow, FlowDims
+from minmo_runtime.model.hift import HiftVocoder, hift_keys
+from minmo_runtime.model.output_projector import OutputProjector, OutputProjectorDims
+from minmo_runtime.model.projector import InputProjector, ProjectorDims
+from minmo_runtime.model.vocoder import build_vocoder, sample_rate_hz
+from minmo_runtime.model.voice_lm import VoiceLm, VoiceLmDims
+from minmo_runtime.rates import Rates
+from minmo_runtime.text import TextTokenizer
+
+# Every part that serving needs; the others are connectors.
+NEEDED = ("encoder", "llm", "voice_lm", "flow", "vocoder")
+CONNECTORS = {"projector": "in", "output_projector": "out", "duplex": "duplex"}
+# Parts that consume voice tokens and therefore name the tokenizer that made them.
+VOICE_TOKEN_PARTS = ("voice_lm", "flow")
+
+_BUILDERS: dict[str, tuple[Callable[[Mapping[str, Any]], Any], Callable[[Any], nn.Module]]] = {
+    "encoder": (EncoderDims.from_dict, VoiceEncoder),
+    "projector": (ProjectorDims.from_dict, InputProjector),
+    "llm": (BackboneDims.from_dict, Backbone),
+    "duplex": (DuplexDims.from_dict, DuplexPredictor),
+    "output_projector": (OutputProjectorDims.from_dict, OutputProjector),
+    "voice_lm": (VoiceLmDims.from_dict, VoiceLm),
+    "flow": (FlowDims.from_dict, Flow),
+    "vocoder": (dict, build_vocoder),
+}
+
+
+class CheckpointError(Exception):
+    """The folder cannot be served; the message names the file, key or value and what is allowed."""
+
+
+@dataclass(frozen=True)
+class CheckpointFacts:
+    """What the checkpoint was trained on; the agent hands it to the policies."""
+
+    languages: tuple[str, ...] = ()
+    dialects: tuple[str, ...] = ()
+    emotions: tuple[str, ...] = ()
+    rates: tuple[str, ...] = ()
+    voices: tuple[str, ...] = ()
+
+
+@dataclass
+class Checkpoint:
+    """Everything the runner needs, on the CPU, in eval mode."""
+
+    name: str
+    folder: Path
+    rates: Rates
+    facts: CheckpointFacts
+    text_tokenizer: TextTokenizer
+    ctc_tokenizer: Tokenizer
+    modules: dict[str, nn.Module]
+    voices: dict[str, Tensor] = field(default_factory=dict)  # name → speaker vector [1, spk_embed_dim] of the flow
+    untrained: tuple[str, ...] = ()  # parts that started at random
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def bridges(self) -> tuple[str, ...]:
+        return tuple(bridge for part, bridge in CONNECTORS.items() if part not in self.modules)
+
+    def default_voice(self) -> Tensor:
+        """The agent's voice: the first of facts.voices that has a vector; a flow of one voice needs none (zeros)."""
+        for name in (*self.facts.voices, *self.voices):
+            if name in self.voices:
+                return self.voices[name]
+        return torch.zeros(1, self.modules["flow"].dims.spk_embed_dim)
+
+    @property
+    def label(self) -> str:
+        """Goes into StreamOpened.checkpoint and into every call row and benchmark line."""
+        return f"{self.name} UNTRAINED({','.join(self.untrained)})" if self.untrained else self.name
+
+
+def read_contents(folder: Path) -> dict[str, Any]:
+    """checkpoint.toml, checked as far as that goes without tensors."""
+    path = folder / "checkpoint.toml"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: not there; a checkpoint folder holds checkpoint.toml")
+    try:
+        contents = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    allowed = {"name", "facts", "rates", "tokenizers", "files", "notes", *_BUILDERS, "voice_tokenizer", "speaker"}
+    if unknown := sorted(set(contents) - allowed):
+        raise CheckpointError(f"{path}: unknown key {', '.join(unknown)}; allowed: {', '.join(sorted(allowed))}")
+    if missing := [key for key in ("name", "tokenizers", *NEEDED) if key not in contents]:
+        raise CheckpointError(f"{path}: missing {', '.join(missing)}")
+    if not contents.get("encoder", {}).get("chunk_frames"):
+        raise CheckpointError(f"{path}: encoder.chunk_frames = 0: a full-context encoder is not served yet")
+    if "duplex" in contents and "projector" not in contents:
+        raise CheckpointError(
+            f"{path}: [duplex] without [projector]: a predictor without a trained projector is refused"
+        )
+    return contents
+
+
+def facts_of(folder: Path) -> CheckpointFacts:
+    """What the checkpoint was trained on, without loading a tensor."""
+    return _facts(read_contents(folder))
+
+
+def _facts(contents: Mapping[str, Any]) -> CheckpointFacts:
+    table = contents.get("facts", {})
+    if unknown := sorted(set(table) - set(CheckpointFacts.__dataclass_fields__)):
+        raise CheckpointError(f"[facts]: unknown key {', '.join(unknown)}")
+    return CheckpointFacts(**{key: tuple(value) for key, value in table.items()})
+
+
+def load_checkpoint(folder: str | Path, seed: int = 0) -> Checkpoint:
+    """Read a folder. Parts with sizes but no weights are filled at random from `seed` and named in `untrained`."""
+    folder = Path(folder)
+    contents = read_contents(folder)
+    files = contents.get("files", {})
+    _check_voice_tokenizer(files)
+    modules: dict[str, nn.Module] = {}
+    untrained: list[str] = []
+    torch.manual_seed(seed)
+    for part, (read_dims, build) in _BUILDERS.items():
+        if part not in contents:
+            continue
+        try:
+            module = build(read_dims(contents[part]))
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{folder / 'checkpoint.toml'}: [{part}]: {error}") from error
+        path = folder / str(files.get(part, {}).get("path", f"{part}.safetensors"))
+        if path.is_file():
+            _check_hash(path, files.get(part, {}).get("sha256", ""))
+            load_weights(module, path)
+        else:
+            untrained.append(part)
+        modules[part] = module.eval().requires_grad_(False)
+        if isinstance(module, HiftVocoder):
+            module.fold_weight_norm()
+    tokenizers = contents["tokenizers"]
+    checkpoint = Checkpoint(
+        name=contents["name"],
+        folder=folder,
+        rates=Rates.from_dict(contents.get("rates", {})),
+        facts=_facts(contents),
+        text_tokenizer=TextTokenizer.from_file(_existing(folder / tokenizers["text"])),
+        ctc_tokenizer=Tokenizer.from_file(str(_existing(folder / tokenizers["ctc"]))),
+        modules=modules,
+        voices=_voices(folder / str(files.get("voices", {}).get("path", "voices.safetensors"))),
+        untrained=tuple(untrained),
+    )
+    _check_fit(checkpoint)
+    return checkpoint
+
+
+def _voices(path: Path) -> dict[str, Tensor]:
+    """Speaker vectors by name, [D] or [1, D] in the file."""
+    return {name: vector.float().view(1, -1) for name, vector in load_file(str(path)).items()} if path.is_file() else {}
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: not there")
+    return path
+
+
+def _check_hash(path: Path, expected: str) -> None:
+    if expected and (found := file_hash(path)) != expected:
+        raise CheckpointError(f"{path}: sha256 is {found}, checkpoint.toml says {expected}")
+
+
+def file_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _check_voice_tokenizer(files: Mapping[str, Any]) -> None:
+    hashes = {part: files.get(part, {}).get("voice_tokenizer_sha256", "") for part in VOICE_TOKEN_PARTS}
+    if len(set(hashes.values())) > 1:
+        raise CheckpointError(f"voice LM and flow come from different voice tokenizers: {hashes}")
+
+
+def _check_fit(checkpoint: Checkpoint) -> None:
+    """Sizes that two parts must share."""
+    modules = checkpoint.modules
+    voice_dims, flow_dims, llm_dims = (modules[part].dims for part in ("voice_lm", "flow", "llm"))
+    pairs = [
+        ("llm.vocab_size", llm_dims.vocab_size, "text tokenizer", checkpoint.text_tokenizer.vocab_size, "at least"),
+        ("voice_lm.speech_token_size", voice_dims.speech_token_size, "flow", flow_dims.vocab_size, "equal"),
+        ("encoder.vocab_size", modules["encoder"].dims.vocab_size, "CTC tokenizer",
+         checkpoint.ctc_tokenizer.get_vocab_size(), "equal"),
+        ("rates.output_sample_rate_hz", checkpoint.rates.output_sample_rate_hz, "vocoder",
+         sample_rate_hz(modules["vocoder"]), "equal"),
+    ]  # fmt: skip
+    for name, value, other, wanted, relation in pairs:
+        if value < wanted or (relation == "equal" and value != wanted):
+            raise CheckpointError(f"{name} = {value}: must be {relation} to that of the {other}, {wanted}")
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Fill a module from one safetensors file; every difference is named with its key and shape."""
+    try:
+        stored = load_file(str(path))
+    except Exception as error:  # safetensors raises its own untyped errors for broken files
+        raise CheckpointError(f"{path}: {error}") from error
+    scales = {key.removesuffix(".scale"): stored.pop(key) for key in list(stored) if key.endswith(".scale")}
+    tensors = {key: _to_float(tensor, scales.get(key)) for key, tensor in stored.items()}
+    if isinstance(module, HiftVocoder):
+        tensors = hift_keys(tensors)
+    wanted = module.state_dict()
+    for key in wanted.keys() & tensors.keys():
+        if wanted[key].shape != tensors[key].shape:
+            raise CheckpointError(
+                f"{path}: {key} has shape {list(tensors[key].shape)}, the sizes in checkpoint.toml want "
+                f"{list(wanted[key].shape)}"
+            )
+    result = module.load_state_dict(tensors, strict=False)
+    if result.missing_keys or result.unexpected_keys:
+        raise CheckpointError(
+            f"{path}: missing {_some(result.missing_keys)}; not wanted {_some(result.unexpected_keys)}"
+        )
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "") if keys else "nothing"
+
+
+def _to_float(tensor: Tensor, scale: Tensor | None) -> Tensor:
+    if tensor.dtype == torch.int8:
+        assert scale is not None, "an int8 tensor needs its .scale"
+        return tensor.float() * scale.float().view(-1, *([1] * (tensor.dim() - 1)))
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def save_weights(module: nn.Module, path: Path, dtype: str = "bfloat16") -> None:
+    """Write a module's tensors as float32, bfloat16, or int8 with one scale a row (matrices; the rest stays
+    bfloat16)."""
+    if dtype not in ("float32", "bfloat16", "int8"):
+        raise ValueError(f"dtype {dtype!r}: must be float32, bfloat16 or int8")
+    tensors: dict[str, Tensor] = {}
+    for key, tensor in module.state_dict().items():
+        tensor = tensor.detach().contiguous()
+        if dtype == "int8" and tensor.dim() >= 2:
+            scale = tensor.float().flatten(1).abs().amax(dim=1).clamp(min=1e-12) / 127
+            shape = (-1, *([1] * (tensor.dim() - 1)))
+            tensors[key] = (tensor.float() / scale.view(shape)).round().to(torch.int8)
+            tensors[f"{key}.scale"] = scale
+        elif tensor.is_floating_point() and dtype != "float32":
+            tensors[key] = tensor.to(torch.bfloat16)
+        else:
+            tensors[key] = tensor.clone()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, str(path))
+
+
+def module_of(part: str, table: Mapping[str, Any]) -> nn.Module:
+    """A fresh module of one part from its table of sizes."""
+    read_dims, build = _BUILDERS[part]
+    return build(read_dims(table))
+
+
+def parts() -> tuple[str, ...]:
+    return tuple(_BUILDERS)
+
+
+def toml_of(contents: Mapping[str, Any]) -> str:
+    """checkpoint.toml as text: plain values first, then one table per mapping (tables of tables one level deep)."""
+    lines = [f"{key} = {_value(value)}" for key, value in contents.items() if not isinstance(value, Mapping)]
+    for key, table in contents.items():
+        if not isinstance(table, Mapping):
+            continue
+        inner = {k: v for k, v in table.items() if isinstance(v, Mapping)}
+        if len(inner) < len(table) or not table:
+            lines += ["", f"[{key}]", *(f"{k} = {_value(v)}" for k, v in table.items() if k not in inner)]
+        for name, values in inner.items():
+            lines += ["", f"[{key}.{name}]", *(f"{k} = {_value(v)}" for k, v in values.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_value(item) for item in value) + "]"
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return repr(value)
