@@ -35,7 +35,17 @@ import msgspec
 from telephony.config import TelephonyConfig
 from telephony.frames import CallerAudio, Tap
 from telephony.leg import (
-    AudioFrame, Flush, Flushed, LegCommand, LegDisconnected, LegError, LegEvent, LegState, LegStateChanged, Play,
+    AudioFrame,
+    Flush,
+    Flushed,
+    Hangup,
+    LegCommand,
+    LegDisconnected,
+    LegError,
+    LegEvent,
+    LegState,
+    LegStateChanged,
+    Play,
     PlayoutProgress,
 )  # fmt: skip
 from telephony.outgoing import OutgoingAudio
@@ -43,8 +53,19 @@ from telephony.ring import LegRings, RecordKind, unpack_audio
 from telephony.sip.causes import Cause
 from telephony.states import check_legal, is_playout
 from telephony.wire import (
-    FDS_OF_LEG_OPENED, Alive, CommandRefused, FrameBuffer, Hello, LegOpened, PlaceCall, SendDtmf, ToAgent,
-    decode_to_agent, encode, frame, ring_events,
+    FDS_OF_LEG_OPENED,
+    Alive,
+    CommandRefused,
+    FrameBuffer,
+    Hello,
+    LegOpened,
+    PlaceCall,
+    SendDtmf,
+    ToAgent,
+    decode_to_agent,
+    encode,
+    frame,
+    ring_events,
 )  # fmt: skip
 
 _ALIVE_EVERY_S = 1.0
@@ -114,6 +135,11 @@ class WorkerLeg:
 
     def set_tap(self, tap: Tap | None) -> None:
         self._caller_audio.tap = tap
+
+    def hang_up(self, cause: str = Cause.NORMAL) -> None:
+        """`send(Hangup)` for a timer's callback."""
+        if self.state is not LegState.DISCONNECTED:
+            self._client.send(Hangup(leg_id=self.leg_id, cause=cause))
 
     async def send_dtmf(self, digits: str) -> None:
         """Keys out, as RFC 4733 events."""

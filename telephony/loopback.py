@@ -16,8 +16,20 @@ import numpy as np
 from telephony.config import TelephonyConfig
 from telephony.frames import CallerAudio, Tap
 from telephony.leg import (
-    Answer, DtmfReceived, Flush, Hangup, LegCommand, LegDisconnected, LegEvent, LegIncoming, LegState,
-    LegStateChanged, Play, Refer, ReferResult, Reject,
+    Answer,
+    DtmfReceived,
+    Flush,
+    Hangup,
+    LegCommand,
+    LegDisconnected,
+    LegEvent,
+    LegIncoming,
+    LegState,
+    LegStateChanged,
+    Play,
+    Refer,
+    ReferResult,
+    Reject,
 )  # fmt: skip
 from telephony.outgoing import OutgoingAudio
 from telephony.playout import Playout

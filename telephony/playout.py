@@ -18,7 +18,17 @@ import numpy as np
 
 from telephony.config import TelephonyConfig
 from telephony.leg import (
-    Duck, Flush, Flushed, LegCommand, LegError, LegEvent, Pause, Play, PlayoutProgress, Resume, WireMetric,
+    Duck,
+    Flush,
+    Flushed,
+    LegCommand,
+    LegError,
+    LegEvent,
+    Pause,
+    Play,
+    PlayoutProgress,
+    Resume,
+    WireMetric,
 )  # fmt: skip
 
 _REMEMBERED_ITEMS = 256  # closed items whose counts can still be asked for

@@ -7,7 +7,18 @@ Play-out commands are legal before the answer: they wait, and nothing is played 
 from __future__ import annotations
 
 from telephony.leg import (
-    Answer, Duck, Flush, Hangup, LegCommand, LegError, LegState, Pause, Play, Refer, Reject, Resume,
+    Answer,
+    Duck,
+    Flush,
+    Hangup,
+    LegCommand,
+    LegError,
+    LegState,
+    Pause,
+    Play,
+    Refer,
+    Reject,
+    Resume,
 )  # fmt: skip
 
 _PLAYOUT: frozenset[type] = frozenset({Play, Flush, Duck, Pause, Resume})

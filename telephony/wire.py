@@ -11,8 +11,25 @@ import struct
 
 import msgspec
 
-from telephony.leg import Answer, DtmfReceived, Hangup, LegDisconnected, LegEvent, LegIncoming, LegState, LegStateChanged
-from telephony.leg import Duck, Flush, Pause, Play, PlayoutProgress, Refer, ReferResult, Reject, Resume
+from telephony.leg import (
+    Answer,
+    DtmfReceived,
+    Duck,
+    Flush,
+    Hangup,
+    LegDisconnected,
+    LegEvent,
+    LegIncoming,
+    LegState,
+    LegStateChanged,
+    Pause,
+    Play,
+    PlayoutProgress,
+    Refer,
+    ReferResult,
+    Reject,
+    Resume,
+)
 
 MAX_MESSAGE_BYTES = 1 << 20
 _LENGTH = struct.Struct(">I")

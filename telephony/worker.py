@@ -20,15 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pjsua2 as pj
-
 from telephony.agent_link import AgentLink
 from telephony.agent_watch import AgentWatch, WatchAction
 from telephony.config import TelephonyConfig
 from telephony.leg import Flush, LegDisconnected, LegError, LegEvent, LegIncoming, LegState, Play, Refer, ReferResult
 from telephony.ring import LegRings
 from telephony.sip.causes import Cause
-from telephony.sip.endpoint import SipEndpoint
+from telephony.sip.endpoint import SipEndpoint, SipError
 from telephony.sip.leg import SipLeg
 from telephony.sip.trunk import TrunkRefused
 from telephony.wire import Alive, CommandRefused, Hello, LegOpened, PlaceCall, SendDtmf, ToWorker
@@ -144,7 +142,7 @@ class Worker:
                 leg.carry_out(message, self._now_s)
         except (LegError, TrunkRefused, ValueError) as error:
             self._refuse(message, str(error))
-        except pj.Error as error:
+        except SipError as error:
             self._refuse(message, error.info(False))
 
     def _refuse(self, message: Any, reason: str) -> None:
@@ -236,7 +234,7 @@ class Worker:
             return
         try:
             leg.carry_out(Refer(leg_id=leg.leg_id, refer_to=self.config.handoff_uri), self._now_s)
-        except (LegError, ValueError, pj.Error) as error:
+        except (LegError, ValueError, SipError) as error:
             print(f"worker: handoff of {leg.leg_id} failed: {error}", file=sys.stderr)
             leg.end(Cause.AGENT_LOST)
 
@@ -277,7 +275,7 @@ def main(arguments: list[str] | None = None) -> None:
         worker = Worker(config, options.socket, options.parent_pid)
     except (ValueError, TypeError, OSError) as error:
         sys.exit(f"telephony.worker: {error}")
-    except pj.Error as error:
+    except SipError as error:
         print(f"telephony.worker: SIP did not start: {error.info(False)}", file=sys.stderr)
         os._exit(1)
     signal.signal(signal.SIGTERM, worker.on_signal)

@@ -27,6 +27,9 @@ Sink = Callable[[SipLeg, LegEvent], None]
 Admission = Callable[[], int]
 """0 = another call may enter, else the SIP status to refuse it with."""
 
+SipError = pj.Error
+"""What pjsip refused; `.info(False)` says why. Named here so that nobody else has to import pjsua2."""
+
 _BURIAL_S = 2.0  # a finished leg is kept so long, so that no callback of the clock thread meets a freed object
 
 

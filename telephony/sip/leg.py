@@ -16,7 +16,17 @@ import pjsua2 as pj
 
 from telephony.config import TelephonyConfig
 from telephony.leg import (
-    Answer, DtmfReceived, Hangup, LegCommand, LegDisconnected, LegEvent, LegIncoming, LegState, LegStateChanged, Refer, Reject,
+    Answer,
+    DtmfReceived,
+    Hangup,
+    LegCommand,
+    LegDisconnected,
+    LegEvent,
+    LegIncoming,
+    LegState,
+    LegStateChanged,
+    Refer,
+    Reject,
 )  # fmt: skip
 from telephony.sip.causes import Cause, cause_of_hangup, cause_of_status
 from telephony.sip.media_port import MediaPort
