@@ -1,7 +1,7 @@
 """Choosing the next token: nucleus candidates and repetition-aware sampling (RAS), one row at a time, in numpy.
 
-Each call draws from its own generator, so what one call says never depends on its neighbours in the batch. Knows nothing of
-models, phases or streams: who may be drawn (`banned`) is the caller's business. Step 9 of the walk.
+Each call draws from its own generator, so what one call says never depends on its neighbours in the batch. Knows
+nothing of models, phases or streams: who may be drawn (`banned`) is the caller's business. Step 9 of the walk.
 Source: RAS, VALL-E 2 (arXiv 2406.05370 §4.1) with CosyVoice 2's values and its rule of 2026-02-04: the repeated id is
 masked before the second draw.
 """
@@ -51,7 +51,8 @@ def probabilities(scores: NDArray[np.floating], banned: Sequence[int] = ()) -> F
 
 
 def nucleus(probs: FloatArray, top_p: float, top_k: int) -> tuple[NDArray[np.int64], FloatArray]:
-    """Candidates in falling order: one more is taken while the sum *before* it is below `top_p` and fewer than `top_k` are in.
+    """Candidates in falling order: one more is taken while the sum *before* it is below `top_p` and fewer than `top_k`
+    are in.
 
     Example: 0.5, 0.4, 0.1 with top_p 0.8 keeps the first two (before the third the sum is 0.9).
     """
@@ -66,7 +67,9 @@ def nucleus(probs: FloatArray, top_p: float, top_k: int) -> tuple[NDArray[np.int
 def ras_sample(
     scores: NDArray[np.floating], decoded: Sequence[int], rules: SamplingRules, draw: Draw, banned: Sequence[int] = ()
 ) -> int:
-    """One id. If the nucleus draw occurs too often among the last ids, it is masked and drawn again from the full softmax."""
+    """One id. If the nucleus draw occurs too often among the last ids, it is masked and drawn again from the full
+    softmax.
+    """
     if rules.temperature == 0.0:
         return int(np.argmax(probabilities(scores, banned)))
     scaled = np.asarray(scores, dtype=np.float64) / rules.temperature

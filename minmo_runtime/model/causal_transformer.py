@@ -1,7 +1,8 @@
 """A small causal Transformer layer with bounded memory, used by the input projector and the duplex predictor.
 
-Offline it sees the last `left_context` frames by a band mask; streamed it carries their keys and values. Both give the same
-numbers for any chunk sizes. State is one object per call, apart from the weights. Knows nothing of what the frames mean.
+Offline it sees the last `left_context` frames by a band mask; streamed it carries their keys and values. Both give the
+same numbers for any chunk sizes. State is one object per call, apart from the weights. Knows nothing of what the frames
+mean.
 
 Legend: B batch, T frames, D width, H heads, K head width.
 """

@@ -1,9 +1,10 @@
 """The full duplex predictor of the figure: who should have the floor, every LLM audio frame.
 
-One causal Transformer layer and a linear softmax over the LLM's hidden states (nano: ++ the projector's output). Six classes,
-masked by whether the agent speaks; the paper's two decisions are P(user_done) while it is silent and P(interrupt) while it
-speaks. It predicts only: thresholds, patience and the floor itself belong to `agent/turn_taking`.
-Walk: step 8. Source: MinMo (arXiv 2501.06282 §3.4; two decisions). The six classes are ours (design §4a). Streaming equals offline.
+One causal Transformer layer and a linear softmax over the LLM's hidden states (nano: ++ the projector's output). Six
+classes, masked by whether the agent speaks; the paper's two decisions are P(user_done) while it is silent and
+P(interrupt) while it speaks. It predicts only: thresholds, patience and the floor itself belong to `agent/turn_taking`.
+Walk: step 8. Source: MinMo (arXiv 2501.06282 §3.4; two decisions). The six classes are ours (design §4a). Streaming
+equals offline.
 
 Legend: B calls, T LLM audio frames, D input width, C = 6 classes.
 """
@@ -25,7 +26,9 @@ WHILE_SPEAKING = ("idle", "backchannel", "interrupt")
 
 @dataclass(frozen=True)
 class DuplexDims(Dims):
-    """`input_size`: LLM hidden, plus the projector's width where the checkpoint uses it; `left_context` in LLM audio frames."""
+    """`input_size`: LLM hidden, plus the projector's width where the checkpoint uses it; `left_context` in LLM audio
+    frames.
+    """
 
     input_size: int
     hidden_size: int = 192

@@ -1,4 +1,5 @@
-"""The order of rows in the voice LM: one-shot, and 5 text to 15 voice tokens interleaved. Pure: no torch, no weights, no clock.
+"""The order of rows in the voice LM: one-shot, and 5 text to 15 voice tokens interleaved. Pure: no torch, no weights,
+no clock.
 
 `VoiceTurn` is one reply being spoken. It says which rows to feed next, which ids may be drawn, and takes the drawn id:
 
@@ -6,11 +7,12 @@
 
 - A row is the start marker, a query vector (prefix of the caller's turn), a text (semantic) vector, the turn-of-speech
   marker (CosyVoice's task row), or a voice token.
-- While text is still coming, blocks of 5 text rows are fed; after 15 voice tokens the block is full (the parent forces *fill*
-  there, and never feeds it back), and the next block is awaited. The 15th token's row goes in together with the next block:
-  one step less than the parent, the same numbers. When the text is finished, the rest and the turn-of-speech marker are fed
-  and decoding runs to *end*.
-- `training_layout` is the same order with its targets, so training and serving cannot drift apart (a test replays one by the other).
+- While text is still coming, blocks of 5 text rows are fed; after 15 voice tokens the block is full (the parent
+  forces *fill* there, and never feeds it back), and the next block is awaited. The 15th token's row goes in together
+  with the next block: one step less than the parent, the same numbers. When the text is finished, the rest and the
+  turn-of-speech marker are fed and decoding runs to *end*.
+- `training_layout` is the same order with its targets, so training and serving cannot drift apart (a test replays one
+  by the other).
 
 Sources: MinMo (arXiv 2501.06282 §3.2), CosyVoice 2 (arXiv 2412.10117 §2.3).
 """
@@ -44,14 +46,14 @@ class Row:
 class InterleaveRules:
     """Numbers of the checkpoint and our decisions about the reference's behaviour.
 
-    `accept_early_fill`: the reference takes a fill drawn before the 15th voice token. Training data has fill only there, so for
-    our own weights an early fill is banned by default.
+    `accept_early_fill`: the reference takes a fill drawn before the 15th voice token. Training data has fill only
+    there, so for our own weights an early fill is banned by default.
     `repeat_last_row`: after a fill, the reference feeds the last voice token a second time in front of the final text
     (`[s.. t.. TASK]`). Training data never looks like this: off by default, on only to match its golden vectors.
-    `ban_other_stops`: in the last phase only *end* may end the turn; the reference's one-shot decode also ends on fill and on
-    the unused id, and its interleaved decode raises on them.
-    `min_voice_per_text` bans *end* before that many voice tokens per text row; at `max_voice_per_text` (+ `max_voice_extra`)
-    the turn ends by itself, so it always ends (the reference's last phase has no cap).
+    `ban_other_stops`: in the last phase only *end* may end the turn; the reference's one-shot decode also ends on fill
+    and on the unused id, and its interleaved decode raises on them.
+    `min_voice_per_text` bans *end* before that many voice tokens per text row; at `max_voice_per_text` (+
+    `max_voice_extra`) the turn ends by itself, so it always ends (the reference's last phase has no cap).
     """
 
     voice_token_size: int
@@ -86,7 +88,8 @@ class Phase(Enum):
 
 
 class VoiceTurn:
-    """One reply's rows. Call `next_rows`, feed them, draw an id outside `banned` from the last row, call `accept`; repeat.
+    """One reply's rows. Call `next_rows`, feed them, draw an id outside `banned` from the last row, call `accept`;
+    repeat.
 
     Owned and changed by the call's decoder only.
     """
@@ -94,7 +97,9 @@ class VoiceTurn:
     def __init__(
         self, rules: InterleaveRules, num_query: int = 0, prompt_voice: Sequence[int] = (), num_prompt_text: int = 0
     ) -> None:
-        """`num_prompt_text`: how many of the first text rows belong to the prompt; they do not count for the length limits."""
+        """`num_prompt_text`: how many of the first text rows belong to the prompt; they do not count for the length
+        limits.
+        """
         self.rules = rules
         self.phase = Phase.WAITING
         self.voice_tokens: list[int] = []  # emitted speech, without fill and end

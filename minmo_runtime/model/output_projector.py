@@ -1,11 +1,13 @@
 """The output projector of the figure: what the LLM says and means, turned into semantic vectors for the voice LM.
 
-One linear layer over [hidden ++ embedding], per sampled text token and, as a prefix, per position of the caller's current turn
-(so that "please speak slowly" reaches the voice directly). Two forms, chosen by the checkpoint:
+One linear layer over [hidden ++ embedding], per sampled text token and, as a prefix, per position of the caller's
+current turn (so that "please speak slowly" reaches the voice directly). Two forms, chosen by the checkpoint:
 - `paper`: semantic = linear([hidden ++ embedding]).
 - `residual`: semantic = text_table[id] + linear([hidden ++ embedding]), the linear zero at the start; then an untrained
-  projector speaks exactly as the voice LM does from text. The caller's turn has no text to speak: its prefix is the linear alone.
-It knows nothing of sampling or of the order of rows. Walk: step 9. Source: MinMo (arXiv 2501.06282 §3.2); `residual` is ours.
+  projector speaks exactly as the voice LM does from text. The caller's turn has no text to speak: its prefix is the
+  linear alone.
+It knows nothing of sampling or of the order of rows. Walk: step 9. Source: MinMo (arXiv 2501.06282 §3.2); `residual` is
+ours.
 """
 
 from __future__ import annotations
@@ -22,11 +24,16 @@ FORMS = ("paper", "residual")
 
 @dataclass(frozen=True)
 class OutputProjectorDims(Dims):
-    """`llm_hidden_size` in (twice: hidden and embedding), `semantic_size` out."""
+    """`llm_hidden_size` in (twice: hidden and embedding), `semantic_size` out.
+
+    `max_query`: of a longer caller's turn, its last positions only are the prefix (the paper states no limit; 0 = no
+    prefix).
+    """
 
     llm_hidden_size: int
     semantic_size: int
     form: str = "residual"
+    max_query: int = 48
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:

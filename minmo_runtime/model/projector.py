@@ -1,9 +1,10 @@
 """The input projector of the figure: encoder frames (25 Hz) to LLM input vectors (12.5 Hz).
 
-Two causal Transformer layers at the encoder's width, then one convolution that halves the rate and changes the width. The
-paper gives these counts and the factor 2 and nothing else: kernel, memory and widths are ours (data of the checkpoint).
-Optionally the CTC posteriors of the same frames come in through a table of piece vectors: then the untrained projector already
-points at the words that were heard (ours; 0 pieces = off). Streaming equals offline for any chunk sizes.
+Two causal Transformer layers at the encoder's width, then one convolution that halves the rate and changes the width.
+The paper gives these counts and the factor 2 and nothing else: kernel, memory and widths are ours (data of the
+checkpoint). Optionally the CTC posteriors of the same frames come in through a table of piece vectors: then the
+untrained projector already points at the words that were heard (ours; 0 pieces = off). Streaming equals offline for any
+chunk sizes.
 Walk: step 8. Source: MinMo (arXiv 2501.06282, Table 1 and §3.1).
 
 Legend: B calls, T encoder frames, D_in encoder width, D LLM width, V CTC pieces.
@@ -22,7 +23,9 @@ from minmo_runtime.model.dims import Dims
 
 @dataclass(frozen=True)
 class ProjectorDims(Dims):
-    """`left_context` in encoder frames per layer; `kernel_size` of the convolution (looking back only); `num_pieces` CTC pieces."""
+    """`left_context` in encoder frames per layer; `kernel_size` of the convolution (looking back only); `num_pieces`
+    CTC pieces.
+    """
 
     encoder_size: int
     llm_hidden_size: int
@@ -37,7 +40,9 @@ class ProjectorDims(Dims):
 
 @dataclass
 class ProjectorState:
-    """One call's memory: per layer, and the convolution's last inputs [1, D_in, <= kernel - 1] with the phase of its stride."""
+    """One call's memory: per layer, and the convolution's last inputs [1, D_in, <= kernel - 1] with the phase of its
+    stride.
+    """
 
     layers: list[LayerState]
     tail: Tensor
@@ -45,7 +50,9 @@ class ProjectorState:
 
 
 class InputProjector(nn.Module):
-    """Encoder frames -> LLM input vectors; one vector per `downsample` frames, given out when its last frame is there."""
+    """Encoder frames -> LLM input vectors; one vector per `downsample` frames, given out when its last frame is
+    there.
+    """
 
     def __init__(self, dims: ProjectorDims) -> None:
         super().__init__()
@@ -102,6 +109,8 @@ class InputProjector(nn.Module):
         return out
 
     def _words(self, posteriors: Tensor) -> Tensor:
-        """Piece vectors weighted by the posteriors, summed over the frames of one output. The blank's row (0) stays zero."""
+        """Piece vectors weighted by the posteriors, summed over the frames of one output. The blank's row (0) stays
+        zero.
+        """
         pooled = posteriors[..., 1:].unflatten(1, (-1, self.dims.downsample)).sum(2)
         return pooled @ self.piece_table[1:]  # type: ignore[index]  # callers checked that the table is there

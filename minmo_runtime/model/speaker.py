@@ -1,8 +1,9 @@
 """The speaker encoder: any length of speech to one vector of 192 values that says whose voice it is.
 
-Our own small TDNN with squeeze-excitation and attentive statistics pooling, in the place of CosyVoice's CAM++ (whose vector
-has the same width, so the flow takes either). It hears 16 kHz Kaldi fbank with the utterance mean removed, and knows nothing of
-words. Used when a voice is prepared, not in the walk. Source: x-vectors (Snyder 2018) and ECAPA-TDNN (arXiv 2005.07143), reduced.
+Our own small TDNN with squeeze-excitation and attentive statistics pooling, in the place of CosyVoice's CAM++ (whose
+vector has the same width, so the flow takes either). It hears 16 kHz Kaldi fbank with the utterance mean removed, and
+knows nothing of words. Used when a voice is prepared, not in the walk. Source: x-vectors (Snyder 2018) and ECAPA-TDNN
+(arXiv 2005.07143), reduced.
 
 Legend: B utterances, T fbank frames (10 ms), M mel bins, C channels.
 """
@@ -59,7 +60,9 @@ class SpeakerEncoder(nn.Module):
         self.linear_out = nn.Linear(2 * dims.pooled_channels, dims.embedding_size)
 
     def forward(self, fbank: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """[B, T, M] with T >= 1, `lengths` [B] valid frames -> [B, embedding_size], L2 norm 1. Padding does not change the result."""
+        """[B, T, M] with T >= 1, `lengths` [B] valid frames -> [B, embedding_size], L2 norm 1. Padding does not
+        change the result.
+        """
         batch, length, _ = fbank.shape
         lengths = torch.full((batch,), length, device=fbank.device) if lengths is None else lengths
         mask = (torch.arange(length, device=fbank.device)[None] < lengths[:, None])[:, None].to(

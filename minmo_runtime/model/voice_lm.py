@@ -1,9 +1,12 @@
 """The voice token LM of the figure: semantic vectors in, voice tokens out, under CosyVoice 2's key names (`llm.pt`).
 
-A Qwen2 trunk with a table of voice tokens in front and a head behind it. It always consumes *semantic vectors*: those of the
-output projector, or (the parent's way, and our bridge) rows of its own text table. Which row comes next is decided by
-`interleave.VoiceTurn`, which id is drawn by `sampling`; this file owns the numbers and one step for several calls at once.
-Walk: step 9. Sources: MinMo (arXiv 2501.06282 §3.2), CosyVoice 2 (arXiv 2412.10117 §2.3), keys as in its released checkpoint.
+A Qwen2 trunk with a table of voice tokens in front and a head behind it. It always consumes *semantic vectors*: those
+of the output projector, or (the parent's way, and our bridge) rows of its own text table. Which row comes next is
+decided by
+`interleave.VoiceTurn`, which id is drawn by `sampling`; this file owns the numbers and one step for several calls at
+once.
+Walk: step 9. Sources: MinMo (arXiv 2501.06282 §3.2), CosyVoice 2 (arXiv 2412.10117 §2.3), keys as in its released
+checkpoint.
 
 Legend: B calls, T rows, N semantic vectors of one call, Q query vectors, D hidden_size, S speech_token_size.
 """
@@ -71,7 +74,9 @@ class _Qwen2Encoder(nn.Module):
 
 @dataclass
 class VoiceStream:
-    """One call's reply inside the voice LM: its order of rows, its vectors so far, its own dice. Owned by the engine's decode job."""
+    """One call's reply inside the voice LM: its order of rows, its vectors so far, its own dice. Owned by the
+    engine's decode job.
+    """
 
     turn: VoiceTurn
     slot: int  # of the KvCache; the owner resets it when the stream ends
@@ -92,7 +97,9 @@ class VoiceStream:
 
 
 class VoiceLm(nn.Module):
-    """CosyVoice 2's `Qwen2LM`. `llm_embedding` row 0 = start, row 1 = turn of speech; ids S, S+1, S+2 = end, unused, fill."""
+    """CosyVoice 2's `Qwen2LM`. `llm_embedding` row 0 = start, row 1 = turn of speech; ids S, S+1, S+2 = end, unused,
+    fill.
+    """
 
     def __init__(self, dims: VoiceLmDims) -> None:
         super().__init__()
@@ -138,7 +145,9 @@ class VoiceLm(nn.Module):
         return torch.stack(vectors)
 
     def embed_layout(self, kinds: Tensor, indices: Tensor, semantic: Tensor, query: Tensor | None = None) -> Tensor:
-        """Padded batch of rows for training: kinds, indices [B, T] (kind < 0 = padding), semantic [B, N, D] -> [B, T, D]."""
+        """Padded batch of rows for training: kinds, indices [B, T] (kind < 0 = padding), semantic [B, N, D] -> [B, T,
+        D].
+        """
         size = self.dims.hidden_size
         is_voice, is_text = kinds == RowKind.VOICE.value, kinds == RowKind.TEXT.value
         x = self.speech_embedding(indices * is_voice) * is_voice[..., None]
@@ -157,7 +166,9 @@ class VoiceLm(nn.Module):
 
     @torch.no_grad()
     def decode_step(self, streams: Sequence[VoiceStream], cache: KvCache) -> list[int | None]:
-        """One step for every stream that has rows to feed; others stall. Returns each stream's new voice token, or None."""
+        """One step for every stream that has rows to feed; others stall. Returns each stream's new voice token, or
+        None.
+        """
         fed = [(index, stream.turn.next_rows()) for index, stream in enumerate(streams)]
         fed = [(index, rows) for index, rows in fed if rows]
         emitted: list[int | None] = [None] * len(streams)

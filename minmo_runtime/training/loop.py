@@ -1,8 +1,9 @@
 """The step loop that stages share: two optimisers, one schedule, a moving average, a time budget, resuming.
 
-A stage gives a model (its trainable parameters are those with `requires_grad`) and a function from the step number to a loss.
-What a step trains on must depend on its number alone: then a run that was killed and resumed equals one that was not.
-Knows nothing of any module. Muon for matrices, AdamW for the rest (facts/recipes part 2 §A); lr: warm-up, flat, linear to zero.
+A stage gives a model (its trainable parameters are those with `requires_grad`) and a function from the step number to a
+loss. What a step trains on must depend on its number alone: then a run that was killed and resumed equals one that was
+not. Knows nothing of any module. Muon for matrices, AdamW for the rest (facts/recipes part 2 §A); lr: warm-up, flat,
+linear to zero.
 """
 
 from __future__ import annotations

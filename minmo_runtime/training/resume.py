@@ -1,4 +1,5 @@
-"""Training state in one safetensors file: weights, their moving average, optimiser moments, and where we are. No pickle.
+"""Training state in one safetensors file: weights, their moving average, optimiser moments, and where we are. No
+pickle.
 
 Written beside and renamed, so that a kill leaves the old state. Knows nothing of losses, data or time.
 """

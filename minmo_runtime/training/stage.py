@@ -1,7 +1,7 @@
 """A training stage as data: what it trains, what it must leave alone, which gates it has to pass.
 
-One TOML per stage in `training/stages/`. The driver (`training/train.py`) reads it, calls `run` of the named module, and checks
-gates and frozen tensors. Every stage trainer is a module of this package with
+One TOML per stage in `training/stages/`. The driver (`training/train.py`) reads it, calls `run` of the named module,
+and checks gates and frozen tensors. Every stage trainer is a module of this package with
 
     def run(stage: StageConfig, work_dir: Path, budget_s: float) -> dict[str, float]
 
@@ -11,8 +11,8 @@ which returns its gate metrics (rates in [0, 1], counts as numbers) and follows 
     <work_dir>/stages/<stage>/           the stage's own folder: resume state, score lists; free form
     <work_dir>/stages/<stage>/result.json  written by the driver: metrics, gates, seconds, hashes
 
-`run` must go on from its own folder when it is called again, and must be quick when there is nothing left to do. It knows
-nothing of other stages; this file knows nothing of torch.
+`run` must go on from its own folder when it is called again, and must be quick when there is nothing left to do. It
+knows nothing of other stages; this file knows nothing of torch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ STAGE_ORDER = PARENTS + CONNECTORS
 
 @dataclass(frozen=True)
 class Gate:
-    """One bar that a stage's metrics must pass. Exactly one of `at_most`, `at_least`, `at_most_of`, `at_least_of` is given.
+    """One bar that a stage's metrics must pass. Exactly one of `at_most`, `at_least`, `at_most_of`, `at_least_of` is
+    given.
 
     `at_most_of = "x"`: metric <= max(x * ratio, x + margin); `at_least_of = "x"`: metric >= x - margin.
     `count` names the metric that holds n, which must reach `min_count`.
@@ -97,9 +98,10 @@ class GateResult:
 class StageConfig:
     """One stage's TOML.
 
-    `module` is the trainer's name inside this package; `parts` are the weight files the stage may write; `trainable` are
-    fnmatch patterns over "<part>.<tensor key>" (for example "voice_lm.*"): every tensor that no pattern matches must have
-    the same hash after the stage as before. `settings` are the trainer's own numbers (learning rate, steps, batch ...).
+    `module` is the trainer's name inside this package; `parts` are the weight files the stage may write; `trainable`
+    are fnmatch patterns over "<part>.<tensor key>" (for example "voice_lm.*"): every tensor that no pattern matches
+    must have the same hash after the stage as before. `settings` are the trainer's own numbers (learning rate, steps,
+    batch ...).
     """
 
     name: str
@@ -137,7 +139,8 @@ def parse_stage(table: Mapping[str, Any]) -> StageConfig:
     unknown = sorted(set(table) - known)
     if unknown:
         raise ValueError(
-            f"stage {table.get('name', '?')}: unknown key {', '.join(unknown)}; allowed: {', '.join(sorted(known))}, gate"
+            f"stage {table.get('name', '?')}: unknown key {', '.join(unknown)}; "
+            f"allowed: {', '.join(sorted(known))}, gate"
         )
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
     return StageConfig(gates=gates, **values)

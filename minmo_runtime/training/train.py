@@ -1,7 +1,7 @@
 """`minmo train`: run training stages in order, resumable, with gates and frozen weights checked by hash.
 
-A chain stops at the first failed gate and names it. A stage that already passed with the same settings is not run again; one
-that was killed goes on where it was. Everything specific to a stage is in its TOML and its trainer module.
+A chain stops at the first failed gate and names it. A stage that already passed with the same settings is not run
+again; one that was killed goes on where it was. Everything specific to a stage is in its TOML and its trainer module.
 """
 
 from __future__ import annotations
@@ -107,9 +107,7 @@ def train(
             continue
         missing = [need for need in stage.needs if not (work_dir / "stages" / need / "result.json").exists()]
         if missing:
-            log(
-                f"stage {name}: no result of {', '.join(missing)} in this work folder; going on with the weights in ship/"
-            )
+            log(f"stage {name}: no result of {', '.join(missing)} here; going on with the weights in ship/")
         outcome = run_stage(stage, work_dir, budget_s or stage.budget_s, log)
         outcomes.append(outcome)
         if outcome.failed:

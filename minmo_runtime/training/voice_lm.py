@@ -1,9 +1,10 @@
 """Stage 0h: the voice LM learns to speak agent sentences from its own text table, one-shot and 5:15 interleaved mixed.
 
-Data: `<work_dir>/agent_codes.npz`, the agent's sentences with their voice tokens (made from the frozen voice tokenizer). Text is
-taken in written form (an order number is five digit tokens), because that is what the LLM will say. A part of the examples has a
-prefix of zero vectors where stage 2 will put the caller's turn: a projector that starts at zero then changes nothing.
-A share of the voice tokens is replaced by random ones on the input side, so that the model recovers from its own slips.
+Data: `<work_dir>/agent_codes.npz`, the agent's sentences with their voice tokens (made from the frozen voice
+tokenizer). Text is taken in written form (an order number is five digit tokens), because that is what the LLM will say.
+A part of the examples has a prefix of zero vectors where stage 2 will put the caller's turn: a projector that starts at
+zero then changes nothing. A share of the voice tokens is replaced by random ones on the input side, so that the model
+recovers from its own slips.
 
 What a batch holds depends on (seed, step) alone. Sizes and rates: facts/recipes part 2 §A by analogy.
 """
@@ -25,7 +26,7 @@ from minmo_runtime.model.interleave import IGNORED, Phase, RowKind, training_lay
 from minmo_runtime.model.voice_lm import VoiceLm, VoiceLmDims
 from minmo_runtime.sampling import SamplingRules
 from minmo_runtime.text import DIGIT_WORDS, TextTokenizer
-from minmo_runtime.training.freeze import part_hash
+from minmo_runtime.training.evaluate import wer_of_codes
 from minmo_runtime.training.loop import LoopSettings, StepLoop
 from minmo_runtime.training.resume import load_tensors, save_tensors
 from minmo_runtime.training.stage import StageConfig, part_file
@@ -51,16 +52,18 @@ def written_form(spoken: str) -> str:
     return run.sub(lambda match: "".join(str(DIGIT_WORDS.index(w)) for w in match[0].split()), spoken)
 
 
-def load_spoken_texts(path: Path, tokenizer: TextTokenizer) -> list[SpokenText]:
-    """Read `agent_codes.npz`: `texts` [N] (spoken form), `codes` [sum T] and `starts` [N + 1] into it."""
+def load_spoken_texts(path: Path, tokenizer: TextTokenizer) -> tuple[list[SpokenText], list[SpokenText], str]:
+    """Read `agent_codes.npz` (layout: training/tokenizer.py): training and held-out sentences, and the ids' hash."""
     with np.load(path) as arrays:
-        texts, codes, starts = arrays["texts"].tolist(), arrays["codes"].astype(np.int64), arrays["starts"]
-    out = []
+        texts, codes, starts = arrays["texts"].tolist(), arrays["codes"].astype(np.int64), arrays["code_starts"]
+        held, code_hash = arrays["held"], str(arrays["code_hash"])
+    spoken = []
     for index, text in enumerate(texts):
         written = written_form(text)
         ids = np.array(tokenizer.encode(written), np.int64)
-        out.append(SpokenText(written, ids, codes[starts[index] : starts[index + 1]]))
-    return out
+        spoken.append(SpokenText(written, ids, codes[starts[index] : starts[index + 1]]))
+    train = [item for item, is_held in zip(spoken, held, strict=True) if not is_held]
+    return train, [item for item, is_held in zip(spoken, held, strict=True) if is_held], code_hash
 
 
 def batches_of_epoch(lengths: np.ndarray, rows_per_batch: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -220,7 +223,7 @@ def load_voice_lm(path: Path) -> VoiceLm:
     """From a part file; the sizes stand in its metadata."""
     tensors, metadata = load_tensors(path)
     model = VoiceLm(VoiceLmDims.from_dict(json.loads(metadata["dims"])))
-    model.load_state_dict(tensors)
+    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     return model.eval()
 
 
@@ -235,23 +238,21 @@ def run(stage: StageConfig, work_dir: Path, budget_s: float) -> dict[str, float]
     torch.set_num_threads(1)
     settings = stage.settings
     tokenizer = TextTokenizer.from_file(work_dir / "ship" / "text_tokenizer.json")
-    spoken = load_spoken_texts(work_dir / CODES_FILE, tokenizer)
-    num_held = max(1, min(settings["num_held_out"], len(spoken) // 10))
+    spoken, held_out, code_hash = load_spoken_texts(work_dir / CODES_FILE, tokenizer)
     model = build(settings, tokenizer.vocab_size, stage.seed)
-    task = VoiceTask(model, spoken[:-num_held], settings, stage.seed)
-    held = VoiceTask(model, spoken[-num_held:], settings, stage.seed)
+    task = VoiceTask(model, spoken, settings, stage.seed)
+    held = VoiceTask(model, held_out, settings, stage.seed)
     loop = StepLoop(model, LoopSettings.from_table(settings), stage.folder(work_dir), budget_s, is_trunk_matrix)
     hours = sum(len(item.voice) for item in spoken) / 25 / 3600
-    print(f"0h: {len(spoken)} sentences, {hours:.2f} h, from step {loop.steps}", flush=True)
-    tokenizer_file = part_file(work_dir, "voice_tokenizer")
-    extra = {"voice_tokenizer_hash": part_hash(tokenizer_file)} if tokenizer_file.exists() else {}
+    print(f"0h: {len(spoken)} sentences, {hours:.2f} h, {len(held_out)} held out, from step {loop.steps}", flush=True)
+    extra = {"voice_tokenizer_hash": code_hash}
 
     def on_save() -> None:
         ship(part_file(work_dir, PART), loop, model, extra)
         started = time.monotonic()
         kept = {name: p.detach().clone() for name, p in model.named_parameters()}
         model.load_state_dict(loop.averaged_state())
-        scores = teacher_forced_scores(held, list(range(min(48, num_held))))
+        scores = teacher_forced_scores(held, list(range(min(48, len(held_out)))))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(kept[name])
@@ -262,6 +263,32 @@ def run(stage: StageConfig, work_dir: Path, budget_s: float) -> dict[str, float]
         )
 
     loop.run(task.loss, on_save, lambda line: print(line, flush=True))
-    model.load_state_dict(loop.averaged_state())
-    model.eval()
-    return {"steps": float(loop.steps), "hours": hours, **teacher_forced_scores(held, list(range(num_held)))}
+    shipped = load_voice_lm(part_file(work_dir, PART))  # the score is of what is shipped, rounding and all
+    held = VoiceTask(shipped, held_out, settings, stage.seed)
+    scores = teacher_forced_scores(held, list(range(len(held_out))))
+    return {
+        "steps": float(loop.steps),
+        "hours": hours,
+        **scores,
+        **spoken_scores(shipped, held_out, settings, work_dir),
+    }
+
+
+def spoken_scores(
+    model: VoiceLm, sentences: list[SpokenText], settings: dict[str, Any], work_dir: Path
+) -> dict[str, float]:
+    """Words of what the voice LM says, interleaved as in service, beside those of the true voice tokens."""
+    chosen = sentences[: settings["num_spoken"]]
+    texts = [item.text for item in chosen]
+    with torch.no_grad():
+        semantic = [model.text_vectors(torch.from_numpy(item.ids)) for item in chosen]
+    said = speak(model, semantic, SamplingRules(**settings["sampling"]))
+    wer, words = wer_of_codes(work_dir, texts, said)
+    lengths = sum(map(len, said)) / sum(len(item.voice) for item in chosen)
+    true_wer, _ = wer_of_codes(work_dir, texts, [item.voice.tolist() for item in chosen])
+    return {
+        "wer_codes_voice_lm": wer,
+        "wer_codes_true": true_wer,
+        "words": float(words),
+        "length_ratio": lengths,
+    }

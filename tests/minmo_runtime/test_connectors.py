@@ -1,4 +1,6 @@
-"""Projector, output projector, duplex predictor, speaker encoder: streaming equals offline, rows do not touch each other."""
+"""Projector, output projector, duplex predictor, speaker encoder: streaming equals offline, rows do not touch each
+other.
+"""
 
 import pytest
 import torch

@@ -1,6 +1,7 @@
 """The voice LM and its sampling against numbers made by the public reference code (random weights, small sizes).
 
-The vectors under `tests/fixtures/golden/` are copies; `--golden-dir` or the sibling folder `../shared/reference` replace them.
+The vectors under `tests/fixtures/golden/` are copies; `--golden-dir` or the sibling folder `../shared/reference`
+replace them.
 """
 
 import json
@@ -75,8 +76,8 @@ def decode(lm, rules, text_ids, prompt_text_ids, prompt_voice):
 def check_trace(io, name, fed, logits):
     """Same rows in the same order, and the same logits at the last row of each of the reference's forward calls.
 
-    The reference spends a forward call on the voice row before a forced fill; ours feeds that row together with the next
-    block, so the comparison is by row and not by call.
+    The reference spends a forward call on the voice row before a forced fill; ours feeds that row together with the
+    next block, so the comparison is by row and not by call.
     """
     kinds, indices = io[f"{name}.trace.kind"].tolist(), io[f"{name}.trace.id"].tolist()
     expected = [(kind, index if kind in (2, 3) else 0) for kind, index in zip(kinds, indices, strict=True)]
@@ -106,7 +107,9 @@ def test_one_forward_over_all_rows_is_the_references(lm, io, name):
 
 @pytest.mark.parametrize("name", ["bistream0", "bistream1", "bistream2", "bistream3"])
 def test_interleaved_decode_is_the_references_with_its_oddity_switched_on(lm, io, name):
-    """The repeated voice row before the final text is reproduced here and switched off by default (see InterleaveRules)."""
+    """The repeated voice row before the final text is reproduced here and switched off by default (see
+    InterleaveRules).
+    """
     text, prompt = io[f"{name}.in.text"][0].tolist(), io[f"{name}.in.prompt_text"][0].tolist()
     rules = lm.dims.rules(accept_early_fill=True, repeat_last_row=True, ban_other_stops=False, max_voice_extra=1000)
     turn, fed, logits = decode(lm, rules, text, prompt, io[f"{name}.in.prompt_speech_token"][0].tolist())

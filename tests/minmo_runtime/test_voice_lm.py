@@ -90,7 +90,9 @@ def test_query_prefix_stands_between_start_and_text():
 )
 @settings(max_examples=200, deadline=None)
 def test_serving_feeds_exactly_the_rows_of_training(num_text, num_voice, num_query, interleaved, arrivals):
-    """Whatever the pace at which text arrives, a turn forced to say the true tokens feeds the rows of the training layout."""
+    """Whatever the pace at which text arrives, a turn forced to say the true tokens feeds the rows of the training
+    layout.
+    """
     rules = InterleaveRules(100, num_text=2, num_voice=3, interleaved=interleaved)
     voice = list(range(num_voice))
     if interleaved and num_voice * 2 <= num_text * 3:
@@ -126,7 +128,9 @@ def tiny_lm():
 
 
 def speak(model, cache, plan, seed_of=lambda index: index):
-    """Decode several calls side by side; `plan[i]` = (slot, text ids, step at which the call joins, steps it stalls on)."""
+    """Decode several calls side by side; `plan[i]` = (slot, text ids, step at which the call joins, steps it stalls
+    on).
+    """
     rules = model.dims.rules(max_voice_per_text=6.0, max_voice_extra=10)
     streams, said, step = {}, {index: [] for index in range(len(plan))}, 0
     while step < 400 and (len(streams) < len(plan) or any(s.turn.phase is not Phase.DONE for s in streams.values())):
