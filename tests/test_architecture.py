@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 import tomllib
 from functools import cache
@@ -212,3 +213,9 @@ def test_policies_pull_in_no_heavy_library() -> None:
 
 def pyproject() -> dict:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_the_readme_tree_names_every_file() -> None:
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").split("## The tree", 1)[1].split("## The walk", 1)[0]
+    named = set(re.findall(r"[a-z_0-9]+", tree))
+    assert not [relative(path) for path in source_files() if path.stem not in named and path.stem != "__init__"]
