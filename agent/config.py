@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from agent.floor import TurnTakingConfig
 from agent.supervisor.config import WebConfig
-from agent.turn_taking import TurnTakingConfig
 from minmo_runtime.config import RuntimeConfig
 from policies.config import PoliciesConfig
 from storage.config import StorageConfig

@@ -29,19 +29,19 @@ def render(config: Config) -> str:
     """The text of config.toml with the values of `config`."""
     sections = [_HEAD]
     for name, kind in get_type_hints(Config).items():
-        lines = [f"\n[{name}]"]
-        if summary := _first_line(kind):
-            lines.insert(0, f"\n# {summary}")
-            lines[1] = f"[{name}]"
+        lines = ["", *_comment(_first_paragraph(kind)), f"[{name}]"]
         meanings = field_docstrings(kind)
         for field in dataclasses.fields(kind):
             if (name, field.name) in DERIVED:
                 continue
-            comment = " ".join(meanings[field.name].split())
-            lines += ["", *textwrap.wrap(comment, width=118, initial_indent="# ", subsequent_indent="# ")]
+            lines += ["", *_comment(meanings[field.name])]
             lines.append(f"{field.name} = {_toml(getattr(getattr(config, name), field.name))}")
         sections.append("\n".join(lines) + "\n")
     return "".join(sections)
+
+
+def _comment(text: str) -> list[str]:
+    return textwrap.wrap(" ".join(text.split()), width=118, initial_indent="# ", subsequent_indent="# ")
 
 
 def field_docstrings(kind: type) -> dict[str, str]:
@@ -60,9 +60,9 @@ def _documented(definition: ast.ClassDef) -> Iterator[tuple[str, str]]:
                 yield statement.target.id, text
 
 
-def _first_line(kind: type) -> str:
-    doc = kind.__doc__ or ""
-    return "" if doc.startswith(f"{kind.__name__}(") else doc.strip().splitlines()[0]
+def _first_paragraph(kind: type) -> str:
+    doc = inspect.cleandoc(kind.__doc__ or "")
+    return "" if doc.startswith(f"{kind.__name__}(") else " ".join(doc.split("\n\n")[0].split())
 
 
 def _toml(value: Any) -> str:

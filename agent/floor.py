@@ -8,6 +8,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+TURN_TAKING_RANGES: dict[str, tuple[float, float]] = {
+    "onset_voiced_s": (0, 0.5),
+    "pause_after_s": (0.1, 1),
+    "decide_min_s": (0.1, 1),
+    "decide_max_s": (0.3, 2),
+    "interrupt_probability": (0, 1),
+    "burst_silence_s": (0.02, 1),
+    "burst_voiced_s": (0, 1),
+    "user_done_probability": (0, 1),
+    "end_silence_s": (0.05, 2),
+    "missed_end_s": (0.5, 5),
+    "slot_patience_s": (0.5, 10),
+    "wordless_s": (0.1, 5),
+    "false_end_voiced_s": (0.04, 1),
+    "filler_after_s": (0.5, 10),
+    "recover_after_s": (1, 30),
+    "reprompt_after_s": (2, 60),
+    "max_reprompts": (0, 10),
+    "max_call_s": (10, 86_400),
+    "closing_max_s": (2, 60),
+    "linger_s": (0, 5),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class TurnTakingConfig:
@@ -58,6 +81,9 @@ class TurnTakingConfig:
     """Between the last word and BYE, 0-5."""
 
     def __post_init__(self) -> None:
+        for key, (low, high) in TURN_TAKING_RANGES.items():
+            if not low <= getattr(self, key) <= high:
+                raise ValueError(f"{key} = {getattr(self, key)}: must be {low:g} to {high:g}")
         if not self.decide_min_s < self.decide_max_s:
             raise ValueError(
                 f"decide_max_s = {self.decide_max_s}: must be more than decide_min_s ({self.decide_min_s})"
