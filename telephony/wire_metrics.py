@@ -15,7 +15,7 @@ from telephony.config import TelephonyConfig
 from telephony.leg import WireMetric
 
 _BLOCK_MS = 10
-_NOISE_RISE_DB_PER_BLOCK = 0.02  # the noise floor falls at once and rises 2 dB a second
+_NOISE_BLOCKS = 150  # the noise floor is the quietest block of the last 1.5 to 3 s: speech has pauses, noise has none
 _NOISE_MARGIN_DB = 9.0
 _NOISE_FLOOR_MAX_DBOV = -35.0  # so that long speech never hides itself
 
@@ -30,6 +30,7 @@ class VoicedEnergyMeter:
         self._onset_blocks = max(1, config.wire_onset_ms // _BLOCK_MS)
         self._hangover_blocks = max(1, config.wire_hangover_ms // _BLOCK_MS)
         self._noise_dbov = -90.0
+        self._quietest, self._quietest_before, self._noise_blocks = 0.0, -90.0, 0
         self._rest = b""
         self._sample = 0  # first sample not yet looked at
         self.is_voiced = False
@@ -52,8 +53,7 @@ class VoicedEnergyMeter:
 
     def _block(self, level_dbov: float) -> WireMetric | None:
         is_voiced = level_dbov > max(self._threshold_dbov, self._noise_dbov + _NOISE_MARGIN_DB)
-        self._noise_dbov = min(level_dbov, self._noise_dbov + _NOISE_RISE_DB_PER_BLOCK, _NOISE_FLOOR_MAX_DBOV)
-        self._noise_dbov = max(self._noise_dbov, -90.0)
+        self._follow_noise(level_dbov)
         self._sample += self._block_samples
         self._run = self._run + 1 if is_voiced != self.is_voiced else 0
         if self._run < (self._hangover_blocks if self.is_voiced else self._onset_blocks):
@@ -63,6 +63,13 @@ class VoicedEnergyMeter:
         self.is_voiced = not self.is_voiced
         kind = f"{self._party}_{'onset' if self.is_voiced else 'offset'}"
         return WireMetric(leg_id=self._leg_id, kind=kind, sample=edge)
+
+    def _follow_noise(self, level_dbov: float) -> None:
+        self._quietest = min(self._quietest, level_dbov)
+        self._noise_blocks += 1
+        if self._noise_blocks == _NOISE_BLOCKS:
+            self._quietest_before, self._quietest, self._noise_blocks = self._quietest, 0.0, 0
+        self._noise_dbov = min(self._quietest, self._quietest_before, _NOISE_FLOOR_MAX_DBOV)
 
 
 def dbov(mean_square: float) -> float:

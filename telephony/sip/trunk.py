@@ -12,6 +12,7 @@ import re
 from telephony.config import TelephonyConfig
 
 _URI = re.compile(r"^(sips?|tel):(?:([^@;?]*)@)?(\[[0-9A-Fa-f:.]+\]|[^:;?>@\s]+)(?::(\d{1,5}))?", re.IGNORECASE)
+_QUOTED = re.compile(r'^\s*"((?:[^"\\]|\\.)*)"')  # RFC 3261 §25.1 quoted-string
 _MAX_HEADERS, _MAX_VALUE_CHARS = 48, 512
 _SAFE_URI = re.compile(r"^[\x21-\x7e]{1,512}$")
 
@@ -70,13 +71,15 @@ def read_invite(message: str) -> tuple[str, dict[str, str]]:
 
 def caller_of(from_header: str) -> tuple[str, str]:
     """(ani, display name) of a From header; both are the caller's claim."""
-    name, bracket, rest = from_header.partition("<")
-    uri = rest.partition(">")[0] if bracket else from_header.split(";")[0]
+    quoted = _QUOTED.match(from_header)  # a quoted name may itself hold brackets
+    name = quoted.group(1) if quoted else from_header.partition("<")[0] if "<" in from_header else ""
+    rest = from_header[quoted.end() :] if quoted else from_header
+    uri = rest.partition("<")[2].partition(">")[0] if "<" in rest else rest.split(";")[0]
     try:
         user = split_uri(uri)[0]
     except ValueError:
         user = ""
-    return user, name.strip().strip('"') if bracket else ""
+    return user, re.sub(r"\\(.)", r"\1", name.strip())
 
 
 def clean(value: str) -> str:
