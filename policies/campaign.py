@@ -59,7 +59,7 @@ def load_campaigns(
         if reasons:
             problems.append(CampaignProblem(name=campaign.name, reason="; ".join(reasons), dids=campaign.dids))
             continue
-        owner_of |= {did: campaign.name for did in campaign.dids}
+        owner_of |= dict.fromkeys(campaign.dids, campaign.name)
         campaigns.append(campaign)
     return tuple(campaigns), tuple(problems)
 

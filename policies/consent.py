@@ -1,8 +1,8 @@
 """Whether a call is recorded, and from when.
 
-`after_notice` records nothing before the caller has heard the whole notice; hanging up is how a caller declines. `always`
-is for lines where the notice was given before (an announcement by the carrier, a contract). `off` writes no audio at all.
-Transcripts are not audio: they are kept in every mode, masked by the store.
+`after_notice` records nothing before the caller has heard the whole notice; hanging up is how a caller declines.
+`always` is for lines where the notice was given before (an announcement by the carrier, a contract). `off` writes no
+audio at all. Transcripts are not audio: they are kept in every mode, masked by the store.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What the caller must be told before anything else: that a machine speaks, and that the call is recorded.
 
-The notice is protected: it is played to its last sample, whatever the caller says meanwhile (still transcribed). EU AI Act
-art. 50(1) asks for the first half, consent laws (all-party states, GDPR art. 13) for the second. The decision names the
-sentence by its key; the words stand in agent/prompts, where the voice's training corpus finds them too, in a table that no
-campaign can change.
+The notice is protected: it is played to its last sample, whatever the caller says meanwhile (still transcribed). EU AI
+Act art. 50(1) asks for the first half, consent laws (all-party states, GDPR art. 13) for the second. The decision names
+the sentence by its key; the words stand in agent/prompts, where the voice's training corpus finds them too, in a table
+that no campaign can change.
 """
 
 from __future__ import annotations

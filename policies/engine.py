@@ -2,19 +2,20 @@
 
     engine = PolicyEngine.load(config.policies, checkpoint_facts, handoff_uri=config.handoff.uri,
                                recording=config.storage.recording_policy, line_keys=frozenset(lines))
-    engine.campaigns                     tuple[Campaign, ...]         valid ones, ready for calls
-    engine.problems                      tuple[CampaignProblem, ...]  refused ones: .name, .reason (never stops the others)
-    engine.campaign_for(did)             Campaign | None              .name .shop .persona .lines .tools .order_digits ...
-    engine.admit(facts, num_calls, max_calls)   AdmissionDecision     404 unknown number, 503 + Retry-After full or campaign refused
-    engine.style(facts)                  StyleDecision                language, dialect, emotion, rate, instruction, reasons
-    engine.system_prompt(facts)          str                          for OpenStream.system_prompt
-    engine.disclose(facts)               Disclosure                   .line: key of the protected sentence to be heard in full
-    engine.recording(facts)              RecordingDecision            .mode off | after_notice | always, .reasons
-    engine.escalate(facts)               EscalationDecision           none | offer_keypad | transfer | callback_request
+    engine.campaigns            valid ones, ready for calls
+    engine.problems             refused ones: .name, .reason (they never stop the others)
+    engine.campaign_for(did)    Campaign | None: .name .shop .persona .lines .tools .order_digits ...
+    engine.admit(facts, num_calls, max_calls)   404 unknown number; 503 + Retry-After: full, or its campaign is refused
+    engine.style(facts)         StyleDecision: language, dialect, emotion, rate, instruction, reasons
+    engine.system_prompt(facts) for OpenStream.system_prompt
+    engine.disclose(facts)      Disclosure: .line is the key of the protected sentence, to be heard in full
+    engine.recording(facts)     RecordingDecision: .mode off | after_notice | always
+    engine.escalate(facts)      EscalationDecision: none | offer_keypad | transfer | callback_request
 
-`facts` is a `CallFacts`; build a new one when something changes (`msgspec.structs.replace(facts, num_turns_not_understood=2)`)
-and ask again: nothing is remembered here. No clock and, after `load`, no I/O. What is decided is stored by the caller.
-The transfer target comes from the campaign or from `handoff.uri`, never from the model's text.
+`facts` is a `CallFacts`; build a new one when something changes (`msgspec.structs.replace(facts,
+num_turns_not_understood=2)`) and ask again: nothing is remembered here. No clock and, after `load`, no I/O. What is
+decided is stored by the caller. The transfer target comes from the campaign or from `handoff.uri`, never from the
+model's text.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ class PolicyEngine:
         recording: str = "after_notice",
         line_keys: frozenset[str] = frozenset(),
     ) -> PolicyEngine:
-        """`recording` is the most that may be recorded; `line_keys` are the fixed sentences a campaign may put in its words."""
+        """`recording` is the most that may be recorded; `line_keys` are the fixed sentences a campaign may put in its
+        words.
+        """
         folder = Path(config.campaigns_dir) if config.campaigns_dir else SHIPPED_CAMPAIGNS
         if not folder.is_dir():
             raise ValueError(f"policies.campaigns_dir = {config.campaigns_dir!r}: must be a folder")

@@ -1,7 +1,7 @@
 """Who the agent is in a campaign: its name, and the sentence of the system prompt that says so.
 
-The wording is the text form that the language model was trained on (lower case, short sentences); a test compares it with
-the training corpus, because the two islands may not import each other.
+The wording is the text form that the language model was trained on (lower case, short sentences); a test compares it
+with the training corpus, because the two islands may not import each other.
 """
 
 from __future__ import annotations

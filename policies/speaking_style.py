@@ -1,8 +1,8 @@
 """Language, dialect, emotion and rate of the agent in one call, decided anew from the facts, with reasons.
 
 The campaign gives the style the call begins with and what may bend it; the checkpoint gives what can be spoken at all.
-Nothing here guesses: a value that the checkpoint was not trained on is refused when the campaign is validated, so that a
-decision can only name values that the model has seen (MinMo's instructions, arXiv 2501.06282 section 3.4).
+Nothing here guesses: a value that the checkpoint was not trained on is refused when the campaign is validated, so that
+a decision can only name values that the model has seen (MinMo's instructions, arXiv 2501.06282 section 3.4).
 """
 
 from __future__ import annotations

@@ -107,7 +107,8 @@ def test_a_missing_file_is_refused_by_path(tmp_path: Path) -> None:
         load_config(tmp_path / "none.toml")
 
 
-# ---------------------------------------------------------------- what two islands must agree on without knowing each other
+# ---------------------------------------------------------------- what two islands must agree on without knowing each
+# other
 
 
 @pytest.fixture
