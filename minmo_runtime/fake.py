@@ -318,7 +318,8 @@ class FakeStream:
 
     def _speak(self, turn: _Turn) -> list[RuntimeEvent]:
         """The next chunk of `turn`: its words as text, then as many samples of tone as they last."""
-        script, events = self.script, []
+        script = self.script
+        events: list[RuntimeEvent] = []
         per_chunk = max(1, script.chunk_ms // script.word_ms)
         words = turn.words[turn.sent_words : turn.sent_words + per_chunk]
         if turn.playback_from < 0:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from minmo_runtime.model.backbone import Backbone
+from minmo_runtime.model.voice_lm import VoiceLm
 from minmo_runtime.weights import module_of, parts, save_weights, toml_of
 
 SPECIAL_TOKENS = (
@@ -155,7 +157,7 @@ def write_random_checkpoint(
     torch.manual_seed(seed)
     for part, table in tables.items():
         module = module_of(part, table)
-        if hasattr(module, "init_weights"):
+        if isinstance(module, (Backbone, VoiceLm)):
             module.init_weights(torch.Generator().manual_seed(seed))
         save_weights(module, folder / f"{part}.safetensors", dtype)
     contents = {

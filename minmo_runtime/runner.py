@@ -48,9 +48,9 @@ class Runner:
         self.config = config
         self.rates = checkpoint.rates
         modules = checkpoint.modules
-        self.encoder, self.llm, self.voice_lm = modules["encoder"], modules["llm"], modules["voice_lm"]
-        self.flow, self.vocoder = modules["flow"], modules["vocoder"]
-        self.output_projector = modules.get("output_projector")
+        self.encoder, self.llm, self.voice_lm = modules.encoder, modules.llm, modules.voice_lm
+        self.flow, self.vocoder = modules.flow, modules.vocoder
+        self.output_projector = modules.output_projector
         self.llm.fuse()
         self.voice_lm.trunk.fuse()
         tokenizer = checkpoint.text_tokenizer

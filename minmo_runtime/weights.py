@@ -36,7 +36,7 @@ from minmo_runtime.model.flow import Flow, FlowDims
 from minmo_runtime.model.hift import HiftVocoder, hift_keys
 from minmo_runtime.model.output_projector import OutputProjector, OutputProjectorDims
 from minmo_runtime.model.projector import InputProjector, ProjectorDims
-from minmo_runtime.model.vocoder import build_vocoder, sample_rate_hz
+from minmo_runtime.model.vocoder import Vocoder, build_vocoder, sample_rate_hz
 from minmo_runtime.model.voice_lm import VoiceLm, VoiceLmDims
 from minmo_runtime.rates import Rates
 from minmo_runtime.text import TextTokenizer
@@ -46,6 +46,21 @@ NEEDED = ("encoder", "llm", "voice_lm", "flow", "vocoder")
 CONNECTORS = {"projector": "in", "output_projector": "out", "duplex": "duplex"}
 # Parts that consume voice tokens and therefore name the tokenizer that made them.
 VOICE_TOKEN_PARTS = ("voice_lm", "flow")
+
+
+@dataclass
+class Modules:
+    """The boxes of the figure that this checkpoint holds, in the order of the figure."""
+
+    encoder: VoiceEncoder
+    llm: Backbone
+    voice_lm: VoiceLm
+    flow: Flow
+    vocoder: Vocoder
+    projector: InputProjector | None = None
+    duplex: DuplexPredictor | None = None
+    output_projector: OutputProjector | None = None
+
 
 _BUILDERS: dict[str, tuple[Callable[[Mapping[str, Any]], Any], Callable[[Any], nn.Module]]] = {
     "encoder": (EncoderDims.from_dict, VoiceEncoder),
@@ -84,21 +99,21 @@ class Checkpoint:
     facts: CheckpointFacts
     text_tokenizer: TextTokenizer
     ctc_tokenizer: Tokenizer
-    modules: dict[str, nn.Module]
+    modules: Modules
     voices: dict[str, Tensor] = field(default_factory=dict)  # name → speaker vector [1, spk_embed_dim] of the flow
     untrained: tuple[str, ...] = ()  # parts that started at random
     warnings: list[str] = field(default_factory=list)
 
     @property
     def bridges(self) -> tuple[str, ...]:
-        return tuple(bridge for part, bridge in CONNECTORS.items() if part not in self.modules)
+        return tuple(bridge for part, bridge in CONNECTORS.items() if getattr(self.modules, part) is None)
 
     def default_voice(self) -> Tensor:
         """The agent's voice: the first of facts.voices that has a vector; a flow of one voice needs none (zeros)."""
         for name in (*self.facts.voices, *self.voices):
             if name in self.voices:
                 return self.voices[name]
-        return torch.zeros(1, self.modules["flow"].dims.spk_embed_dim)
+        return torch.zeros(1, self.modules.flow.dims.spk_embed_dim)
 
     @property
     def label(self) -> str:
@@ -174,7 +189,7 @@ def load_checkpoint(folder: str | Path, seed: int = 0) -> Checkpoint:
         facts=_facts(contents),
         text_tokenizer=TextTokenizer.from_file(_existing(folder / tokenizers["text"])),
         ctc_tokenizer=Tokenizer.from_file(str(_existing(folder / tokenizers["ctc"]))),
-        modules=modules,
+        modules=Modules(**modules),  # type: ignore[arg-type]  # one builder per field, by name
         voices=_voices(folder / str(files.get("voices", {}).get("path", "voices.safetensors"))),
         untrained=tuple(untrained),
     )
@@ -211,14 +226,14 @@ def _check_voice_tokenizer(files: Mapping[str, Any]) -> None:
 def _check_fit(checkpoint: Checkpoint) -> None:
     """Sizes that two parts must share."""
     modules = checkpoint.modules
-    voice_dims, flow_dims, llm_dims = (modules[part].dims for part in ("voice_lm", "flow", "llm"))
-    pairs = [
+    voice_dims, flow_dims, llm_dims = modules.voice_lm.dims, modules.flow.dims, modules.llm.dims
+    pairs: list[tuple[str, int, str, int, str]] = [
         ("llm.vocab_size", llm_dims.vocab_size, "text tokenizer", checkpoint.text_tokenizer.vocab_size, "at least"),
         ("voice_lm.speech_token_size", voice_dims.speech_token_size, "flow", flow_dims.vocab_size, "equal"),
-        ("encoder.vocab_size", modules["encoder"].dims.vocab_size, "CTC tokenizer",
+        ("encoder.vocab_size", modules.encoder.dims.vocab_size, "CTC tokenizer",
          checkpoint.ctc_tokenizer.get_vocab_size(), "equal"),
         ("rates.output_sample_rate_hz", checkpoint.rates.output_sample_rate_hz, "vocoder",
-         sample_rate_hz(modules["vocoder"]), "equal"),
+         sample_rate_hz(modules.vocoder), "equal"),
     ]  # fmt: skip
     for name, value, other, wanted, relation in pairs:
         if value < wanted or (relation == "equal" and value != wanted):

@@ -1,0 +1,94 @@
+"""Checkpoint folders: round trip in each number format, and errors that name what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minmo_runtime.config import RuntimeConfig
+from minmo_runtime.random_checkpoint import TINY, write_random_checkpoint
+from minmo_runtime.weights import CheckpointError, file_hash, load_checkpoint
+
+
+def rewrite(folder: Path, old: str, new: str) -> None:
+    path = folder / "checkpoint.toml"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 0.0), ("bfloat16", 0.01), ("int8", 0.02)])
+def test_weights_survive_each_number_format(tmp_path: Path, dtype: str, tolerance: float) -> None:
+    exact = load_checkpoint(write_random_checkpoint(tmp_path / "a", seed=3)).modules.llm.state_dict()
+    stored = load_checkpoint(write_random_checkpoint(tmp_path / "b", seed=3, dtype=dtype)).modules.llm.state_dict()
+    for key, tensor in exact.items():
+        assert (tensor - stored[key]).abs().max() <= tolerance * max(1e-6, float(tensor.abs().max())), key
+
+
+def test_a_wrong_shape_is_named_with_both_shapes(tmp_path: Path) -> None:
+    folder = write_random_checkpoint(tmp_path)
+    path = folder / "llm.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"] = torch.ones(7)
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight has shape \[7\].*\[32\]"):
+        load_checkpoint(folder)
+
+
+def test_missing_and_surplus_keys_are_named(tmp_path: Path) -> None:
+    folder = write_random_checkpoint(tmp_path)
+    path = folder / "voice_lm.safetensors"
+    tensors = load_file(path)
+    tensors["strange"] = tensors.pop("llm_decoder.bias")
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=r"missing llm_decoder\.bias; not wanted strange"):
+        load_checkpoint(folder)
+
+
+def test_an_unknown_size_is_refused_with_the_allowed_names(tmp_path: Path) -> None:
+    folder = write_random_checkpoint(tmp_path)
+    rewrite(folder, "[llm]", "[llm]\nhidden = 3")
+    with pytest.raises(CheckpointError, match=r"\[llm\].*unknown key hidden; allowed: hidden_size"):
+        load_checkpoint(folder)
+
+
+def test_a_changed_file_is_refused_by_its_hash(tmp_path: Path) -> None:
+    folder = write_random_checkpoint(tmp_path)
+    good = file_hash(folder / "llm.safetensors")
+    text = (folder / "checkpoint.toml").read_text() + f'\n[files.llm]\nsha256 = "{good}"\n'
+    (folder / "checkpoint.toml").write_text(text)
+    load_checkpoint(folder)
+    with (folder / "llm.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+    with pytest.raises(CheckpointError, match="sha256"):
+        load_checkpoint(folder)
+
+
+def test_voice_lm_and_flow_must_share_their_voice_tokenizer(tmp_path: Path) -> None:
+    folder = write_random_checkpoint(tmp_path)
+    lines = '\n[files.voice_lm]\nvoice_tokenizer_sha256 = "a"\n\n[files.flow]\nvoice_tokenizer_sha256 = "b"\n'
+    (folder / "checkpoint.toml").write_text((folder / "checkpoint.toml").read_text() + lines)
+    with pytest.raises(CheckpointError, match="different voice tokenizers"):
+        load_checkpoint(folder)
+
+
+def test_a_predictor_without_a_projector_is_refused(tmp_path: Path) -> None:
+    dims = {**TINY, "duplex": {"input_size": 32, "hidden_size": 32}}
+    with pytest.raises(CheckpointError, match="duplex"):
+        load_checkpoint(write_random_checkpoint(tmp_path, dims=dims))
+
+
+def test_an_empty_folder_says_what_it_lacks(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"checkpoint\.toml: not there"):
+        load_checkpoint(tmp_path)
+
+
+def test_settings_out_of_range_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"runtime\.max_streams = 0: must be from 1 to 256"):
+        RuntimeConfig(max_streams=0)
+    with pytest.raises(ValueError, match=r"runtime\.quantize = 'int4'"):
+        RuntimeConfig(quantize="int4")
