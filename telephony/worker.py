@@ -24,6 +24,7 @@ from telephony.agent_link import AgentLink
 from telephony.agent_watch import AgentWatch, WatchAction
 from telephony.config import TelephonyConfig
 from telephony.leg import Flush, LegDisconnected, LegError, LegEvent, LegIncoming, LegState, Play, Refer, ReferResult
+from telephony.priority import run_first
 from telephony.ring import LegRings
 from telephony.sip.causes import Cause
 from telephony.sip.endpoint import SipEndpoint, SipError
@@ -268,6 +269,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--parent-pid", type=int, default=os.getppid())
     options = parser.parse_args(arguments)
     text = options.config_file.read_text() if options.config_file else options.config
+    scheduling = run_first()
     ready_out = os.dup(1)
     os.dup2(2, 1)  # pjsip's own start-up log goes to stdout; ours is for the ready line only
     try:
@@ -283,7 +285,7 @@ def main(arguments: list[str] | None = None) -> None:
     hello = worker.hello
     ready = {
         "ready": True, "sip_address": hello.sip_address, "sip_port": hello.sip_port, "max_calls": hello.max_calls,
-        "pid": hello.worker_pid, "socket": str(options.socket),
+        "pid": hello.worker_pid, "socket": str(options.socket), "scheduling": scheduling,
     }  # fmt: skip
     os.write(ready_out, (json.dumps(ready) + "\n").encode())
     worker.run()

@@ -29,7 +29,7 @@ from telephony.leg import (  # noqa: E402
     ReferResult,
 )
 from telephony.process import WorkerProcess  # noqa: E402
-from tests.telephony.raw_sip import G722_ONLY, RawPeer, header, to_tag  # noqa: E402
+from agent.raw_sip_peer import G722_ONLY, RawPeer, header, to_tag  # noqa: E402
 
 RATE = 8000
 

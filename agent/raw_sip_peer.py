@@ -1,4 +1,7 @@
-"""A SIP peer made of one UDP socket and text, for what no well-behaved library would send. Tests only; blocking."""
+"""A SIP peer made of one UDP socket and text: it can send what no well-behaved library would, and sees RTP as it arrives.
+
+For the media bench and the tests. Blocking; knows no transactions, no retransmission and one call. RFC 3261, RFC 4566.
+"""
 
 from __future__ import annotations
 
