@@ -92,3 +92,11 @@ class EncoderDims(Dims):
     languages: tuple[str, ...] = ()
     emotions: tuple[str, ...] = ()
     events: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class VoiceTokenizerDims(Dims):
+    """FSQ bottleneck after `cut_layer` blocks of the voice encoder; the product of `levels` is the number of voice tokens."""
+
+    cut_layer: int
+    levels: tuple[int, ...]

@@ -42,10 +42,18 @@ class Shard:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def batches(self, encode: Callable[[str], list[int]], batch_s: float, rng: np.random.Generator | None) -> Iterator[Batch]:
-        """Shuffled when `rng` is given, else in order of length."""
+    def batches(
+        self,
+        encode: Callable[[str], list[int]],
+        batch_s: float,
+        rng: np.random.Generator | None,
+        keep: Callable[[str], float] | None = None,
+    ) -> Iterator[Batch]:
+        """Shuffled when `rng` is given, else in order of length. `keep`: probability that an utterance of this text is used."""
         frames = np.diff(self.starts)
         order = rng.permutation(len(self)) if rng is not None else np.arange(len(self))
+        if keep is not None and rng is not None:
+            order = np.array([i for i in order if rng.random() < keep(self.texts[i])])
         groups: list[list[int]] = []
         for window in range(0, len(order), 1024):
             part = sorted(order[window : window + 1024], key=lambda i: frames[i])

@@ -140,9 +140,16 @@ def emotion_of(prosody: synthesis.Prosody) -> int:
     return EMOTIONS.index("neutral")
 
 
-def speak(espeak: synthesis.Espeak, text: str, rng: Generator, voice: str, labels: PhonemeLabels) -> Utterance | None:
-    """One synthetic caller utterance with outer silence as the gate of the serving path leaves it."""
-    prosody = synthesis.random_caller_prosody(rng)
+def speak(
+    espeak: synthesis.Espeak,
+    text: str,
+    rng: Generator,
+    voice: str,
+    labels: PhonemeLabels,
+    prosody: synthesis.Prosody | None = None,
+) -> Utterance | None:
+    """One synthetic utterance with outer silence as the gate of the serving path leaves it; random prosody unless given."""
+    prosody = prosody or synthesis.random_caller_prosody(rng)
     raw, events = espeak.synthesise(text, voice, prosody)
     if len(raw) < 2000:
         return None
@@ -188,6 +195,23 @@ def build_human_shard(path: Path, speech_dir: Path, work_dir: Path, count: int) 
     write_shard(path, (people.draw(rng) for _ in range(count)), rng, 0.5, 1.0)
 
 
+def agent_sentences(seed: int, work_dir: Path, split: str, own_voice_share: float) -> Iterator[Utterance]:
+    """What the agent says, in the agent's own voice or a random training voice; endless."""
+    rng = np.random.default_rng(seed)
+    espeak = synthesis.Espeak(synthesis.prepare_voice_folder(work_dir / "voices"))
+    labels = PhonemeLabels(work_dir / "phonemes.json")
+    while True:
+        for text in corpus.agent_utterances(int(rng.integers(1 << 30)), split):
+            own = rng.random() < own_voice_share
+            voice = synthesis.AGENT_VOICE if own else synthesis.random_caller_voice(rng, False)
+            prosody = synthesis.agent_voice_prosody() if own else synthesis.random_caller_prosody(rng)
+            item = speak(espeak, text, rng, voice, labels, prosody)
+            words = plain_words(text)
+            if item is not None and words and item.waveform.size < 14 * RATE_HZ:
+                item.text = words
+                yield item
+
+
 def write_shard(path: Path, items: Iterable[Utterance], rng: Generator, telephone_share: float, hours: float) -> None:
     """Degrade, extract features, store; stops after `hours`."""
     features, texts, phonemes, tags, human = [], [], [], [], []
@@ -226,6 +250,7 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=1.5)
     parser.add_argument("--first-seed", type=int, default=1000)
     parser.add_argument("--held-out", action="store_true")
+    parser.add_argument("--agent", action="store_true", help="agent sentences, half of them in the agent's own voice")
     parser.add_argument("--name", default="train")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -236,6 +261,11 @@ def main() -> None:
         if path.exists():
             continue
         started = time.monotonic()
+        if arguments.agent:
+            seed = arguments.first_seed + index
+            sentences = agent_sentences(seed, arguments.work_dir, "train", own_voice_share=0.5)
+            write_shard(path, sentences, np.random.default_rng(seed), 0.5, arguments.hours)
+            continue
         build_shard(path, arguments.first_seed + index, arguments.hours, arguments.work_dir, arguments.speech_dir,
                     arguments.held_out, human_share=0.0 if arguments.held_out else 0.28)  # fmt: skip
         print(f"{path.name}: {arguments.hours} h in {time.monotonic() - started:.0f} s", flush=True)

@@ -30,7 +30,7 @@ def tensor_hash(tensor: Tensor) -> str:
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """One hash for a whole set, whatever its order: a part's identity (the voice tokenizer's is kept by later parts)."""
+    """One hash for a whole set, in any order: a part's identity (later parts keep the voice tokenizer's)."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(f"{name} {tensor_hash(tensors[name])}\n".encode())

@@ -112,6 +112,7 @@ class StageConfig:
     needs: tuple[str, ...] = ()
     budget_s: float = 600.0
     seed: int = 0
+    restores_on_failure: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
     gates: tuple[Gate, ...] = ()
 

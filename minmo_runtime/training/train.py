@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from minmo_runtime.training.stage import (
     GateResult,
     StageConfig,
     load_stage,
+    part_file,
 )
 
 GROUPS = {"parents": PARENTS, "connectors": CONNECTORS, "all": STAGE_ORDER}
@@ -74,6 +76,7 @@ def run_stage(stage: StageConfig, work_dir: Path, budget_s: float, log: Log = pr
     trainer = importlib.import_module(f"minmo_runtime.training.{stage.module}")
     log(f"stage {stage.name}: {stage.title}; trains {', '.join(stage.trainable)}; {budget_s:.0f} s")
     before = shipped_hashes(work_dir)
+    _keep_parts(stage, work_dir)
     started = time.monotonic()
     metrics = {name: float(value) for name, value in trainer.run(stage, work_dir, budget_s).items()}
     seconds = time.monotonic() - started
@@ -87,6 +90,9 @@ def run_stage(stage: StageConfig, work_dir: Path, budget_s: float, log: Log = pr
         log(f"  {name} = {value:.4f}")
     for gate in outcome.gates:
         log(f"  gate {gate}")
+    if outcome.failed and stage.restores_on_failure:
+        _restore_parts(stage, work_dir)
+        log(f"  {', '.join(stage.parts)}: back to what was there before stage {stage.name}")
     return outcome
 
 
@@ -98,7 +104,7 @@ def train(
     stages_dir: Path = STAGES_DIR,
     log: Log = print,
 ) -> list[StageOutcome]:
-    """Run the chain; `budget_s` replaces every stage's own budget, `again` runs passed stages too. Raises GateFailed."""
+    """Run the chain; `budget_s` replaces each stage's own, `again` runs passed stages too. Raises GateFailed."""
     outcomes = []
     for name in expand(names):
         stage = load_stage(name, stages_dir)
@@ -123,6 +129,28 @@ def main(names: Sequence[str], work_dir: Path, budget_s: float | None = None, ag
         print(failure)
         return 1
     return 0
+
+
+def _keep_parts(stage: StageConfig, work_dir: Path) -> None:
+    """Copy the stage's parts as they were before its first run; a resumed run keeps that copy."""
+    kept = stage.folder(work_dir) / "before"
+    if not stage.restores_on_failure or kept.exists():
+        return
+    kept.mkdir()
+    for part in stage.parts:
+        if part_file(work_dir, part).exists():
+            shutil.copy2(part_file(work_dir, part), kept)
+
+
+def _restore_parts(stage: StageConfig, work_dir: Path) -> None:
+    failed = stage.folder(work_dir) / "failed"
+    failed.mkdir(exist_ok=True)
+    for part in stage.parts:
+        path = part_file(work_dir, part)
+        path.replace(failed / path.name)
+        before = stage.folder(work_dir) / "before" / path.name
+        if before.exists():
+            shutil.copy2(before, path)
 
 
 def _write_result(stage: StageConfig, work_dir: Path, outcome: StageOutcome, hashes: dict[str, str]) -> None:

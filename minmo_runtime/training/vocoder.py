@@ -27,6 +27,7 @@ from minmo_runtime.training.stage import StageConfig, part_file
 
 PART = "vocoder"
 _EDGE_SILENCE_S = 0.2
+_LOUDNESS = 0.6  # of espeak-ng's own level, as in the agent's codes (stage 0c)
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def make_agent_speech(texts: list[str], dims: SourceFilterDims) -> AgentSpeech:
     for text in texts:
         spoken, _ = espeak.synthesise(text, synthesis.AGENT_VOICE, synthesis.agent_voice_prosody())
         spoken = synthesis.to_rate(spoken, dims.sample_rate_hz)
-        spoken, _ = synthesis.trim_silence(spoken, dims.sample_rate_hz)
+        spoken, _ = synthesis.trim_silence(spoken * _LOUDNESS, dims.sample_rate_hz)
         waveform = np.concatenate((edge, spoken, edge))
         waveform = waveform[: len(waveform) // dims.samples_per_frame * dims.samples_per_frame]
         waveforms.append((waveform * 32767).clip(-32768, 32767).astype(np.int16))
@@ -119,6 +120,7 @@ class VocoderTrainer:
         for index in chosen:
             start = int(self.rng.integers(0, max(1, len(data.f0_hz[index]) - frames)))
             piece = data.waveforms[index][start * n : (start + frames) * n].astype(np.float32) / 32768.0
+            piece *= self.rng.uniform(0.7, 1.4)
             track = data.f0_hz[index][start : start + frames]
             pieces.append(np.pad(piece, (0, frames * n - len(piece))))
             tracks.append(np.pad(track, (0, frames - len(track))))
@@ -168,8 +170,10 @@ class VocoderTrainer:
         target = part_file(work_dir, PART)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_suffix(".tmp")
-        save_file({key: value.contiguous() for key, value in self.average.state_dict().items()}, partial)
+        save_file({key: value.to(torch.bfloat16) for key, value in self.average.state_dict().items()}, partial)
         partial.replace(target)
+        table = {"kind": "source_filter", **self.dims.to_dict()}
+        target.with_suffix(".json").write_text(json.dumps(table, indent=1))
 
     def resume(self, folder: Path) -> bool:
         """Go on from the stage's folder; False if there is nothing."""
@@ -202,10 +206,11 @@ def run(stage: StageConfig, work_dir: Path, budget_s: float) -> dict[str, float]
     """Train until `budget_s` CPU seconds in all are spent, then score on held-out sentences."""
     from minmo_runtime.training.corpus import agent_utterances
 
+    torch.set_num_threads(1)
     settings, folder = stage.settings, stage.folder(work_dir)
     trainer = VocoderTrainer(settings, stage.seed, budget_s)
     trainer.resume(folder)
-    held_out = make_agent_speech(agent_utterances(stage.seed, "test")[: settings["num_test_utterances"]], trainer.dims)
+    held_out = make_agent_speech(agent_utterances(stage.seed, "held")[: settings["num_test_utterances"]], trainer.dims)
     if trainer.spent_s < budget_s:
         texts = agent_utterances(stage.seed, "train")[: settings["num_train_utterances"]]
         data = make_agent_speech(texts, trainer.dims)
