@@ -93,6 +93,9 @@ def doctor(config: ConfigFile = None, as_json: AsJson = False) -> None:
     else:
         colours = {State.OK: "green", State.WARNING: "yellow", State.FAULT: "red"}
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
         for finding in findings:
             table.add_row(
                 finding.name, f"[{colours[finding.state]}]{finding.state}[/]", finding.text.replace("[", r"\[")
@@ -201,11 +204,11 @@ def db_verify(config: ConfigFile = None) -> None:
 @campaign.command(name="validate")
 def campaign_validate(config: ConfigFile = None) -> None:
     """Check every campaign against what the checkpoint was trained on; exit 1 if one is refused."""
-    from agent.doctor import checkpoint_facts, checkpoint_folder, load_policies
+    from agent.doctor import facts_or_fault, load_policies
 
     known = settings(config)
     try:
-        engine = load_policies(known, checkpoint_facts(checkpoint_folder(known)))
+        engine = load_policies(known, facts_or_fault(known))
     except ValueError as error:
         fail(str(error))
     for valid in engine.campaigns:

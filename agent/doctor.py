@@ -1,7 +1,7 @@
 """`minmo doctor`: what is installed, loaded and free, which bridges stand and why, each with what to do about it.
 
 It starts nothing and changes nothing. A finding that stops `minmo serve` is a fault; one that narrows it is a warning.
-The model is imported inside functions, so that a machine without torch is told so.
+The model is imported inside a function, so that a machine without torch is told so.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 
+from agent.agent_process import checkpoint_facts
 from agent.config import Config
 from agent.prompts.lines import LineBook
+from agent.run_folder import checkpoint_folder
 from policies.engine import PolicyEngine
 from policies.facts import CheckpointFacts
 
-SHIPPED_CHECKPOINT = Path(__file__).resolve().parent.parent / "minmo_runtime" / "checkpoints" / "nano"
 BRIDGE_REASONS = {
     "in": "no trained input projector: the encoder's CTC text becomes the caller's turn",
     "out": "no trained output projector: the voice LM reads the text through its own table",
@@ -61,26 +61,15 @@ def examine(config: Config) -> list[Finding]:
     return [finding for check in checks for finding in check(config)]
 
 
-def checkpoint_folder(config: Config) -> Path:
-    return Path(config.agent.checkpoint) if config.agent.checkpoint else SHIPPED_CHECKPOINT
-
-
-def checkpoint_facts(folder: Path) -> CheckpointFacts:
-    """What the checkpoint was trained on, in the policies' form; ValueError says why it cannot be read."""
-    from minmo_runtime import weights
-
+def facts_or_fault(config: Config) -> CheckpointFacts:
+    """What the checkpoint was trained on; ValueError says why it cannot be read."""
+    folder = checkpoint_folder(config)
     try:
-        facts, name = weights.facts_of(folder), str(weights.read_contents(folder)["name"])
-    except weights.CheckpointError as error:
-        raise ValueError(str(error)) from None
-    return CheckpointFacts(
-        name=name,
-        languages=facts.languages,
-        dialects=facts.dialects,
-        emotions=facts.emotions,
-        rates=facts.rates,
-        voices=facts.voices,
-    )
+        return checkpoint_facts(folder)
+    except OSError as error:
+        raise ValueError(f"{folder / 'checkpoint.toml'}: {error.strerror}") from None
+    except KeyError as error:
+        raise ValueError(f"{folder / 'checkpoint.toml'}: {error} is missing") from None
 
 
 def load_policies(config: Config, facts: CheckpointFacts) -> PolicyEngine:
@@ -130,7 +119,7 @@ def _model(config: Config) -> Iterator[Finding]:
         return
     size_mib = sum(file.stat().st_size for file in checkpoint.folder.glob("*.safetensors")) / 2**20
     state = State.FAULT if checkpoint.untrained else State.OK
-    parts = ", ".join(checkpoint.modules)
+    parts = ", ".join(part for part, module in vars(checkpoint.modules).items() if module is not None)
     yield Finding("checkpoint", state, f"{checkpoint.label} ({size_mib:.1f} MiB): {parts}")
     yield Finding("bridges", State.OK, f"bridges=[{', '.join(checkpoint.bridges)}]")
     for bridge in checkpoint.bridges:
@@ -140,10 +129,8 @@ def _model(config: Config) -> Iterator[Finding]:
 
 
 def _campaigns(config: Config) -> Iterator[Finding]:
-    if not importlib.util.find_spec("torch"):
-        return
     try:
-        engine = load_policies(config, checkpoint_facts(checkpoint_folder(config)))
+        engine = load_policies(config, facts_or_fault(config))
     except ValueError as error:
         yield Finding("campaigns", State.FAULT, str(error))
         return
