@@ -144,6 +144,25 @@ class Attention(nn.Module):
         )
         return self.o_proj(attended.transpose(1, 2).flatten(2))
 
+    @torch.no_grad()
+    def look_back(self, rope_theta: float, sharpness: float = 9.0, num_frequencies: int = 10) -> None:
+        """Start head h as "the token g back", g = 1, 2, 1, 3 for h = 0, 1, 2, 3 and so on, by its biases alone.
+
+        A key bias (a, 0) and a query bias turned by -g * f for each rotary frequency f give a score of
+        a^2 * cos(f * (distance - g)): highest at distance g. With the ten fastest frequencies neighbours are told apart.
+        """
+        half = self.head_dim // 2
+        count = min(num_frequencies, half)
+        frequencies = rope_theta ** (-torch.arange(count, dtype=torch.float32) / half)
+        amplitude = (sharpness * self.head_dim**0.5 / (1.0 - frequencies.cos()).sum()).sqrt()
+        self.q_proj.weight.mul_(0.1)
+        self.k_proj.weight.mul_(0.1)
+        self.k_proj.bias.view(-1, self.head_dim)[:, :count] = amplitude
+        for head, bias in enumerate(self.q_proj.bias.view(-1, self.head_dim)):
+            gap = 1 if head % 2 == 0 else 2 + head // 2 % 2
+            bias[:count] = amplitude * (gap * frequencies).cos()
+            bias[half : half + count] = -amplitude * (gap * frequencies).sin()
+
     def forward_cached(self, x: Tensor, cos: Tensor, sin: Tensor, batch: _Batch, layer: int) -> Tensor:
         rows, width, _ = x.shape
         q, k, v = self.project(x)
@@ -290,7 +309,11 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator, embedding_std: float = 0.1) -> Backbone:
-        """For training from nothing: what a layer adds starts at zero, so that copying is learnt far sooner."""
+        """For training from nothing: layers add nothing at first, and layer 0 already looks at the tokens just before.
+
+        Copying a value needs a head that knows its predecessor; found by training it takes most of the run, given it is
+        there in tens of steps.
+        """
         for name, parameter in self.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight", "bias")):
                 parameter.zero_()
@@ -298,4 +321,7 @@ class Backbone(nn.Module):
                 parameter.normal_(0.0, embedding_std, generator=generator)
             elif parameter.dim() == 2:
                 parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
+        first = self.model.layers[0].self_attn
+        first.look_back(self.dims.rope_theta)
+        first.o_proj.weight.normal_(0.0, embedding_std * self.dims.head_dim**-0.5, generator=generator)
         return self

@@ -366,7 +366,7 @@ def copy_task(rng: random.Random, split: str) -> list[Turn]:
     number, day_name = corpus.order_number(rng, split), corpus.day(rng)
     before, after = general.random_words(rng, 0, 3), general.random_words(rng, 0, 2)
     spoken = corpus.restarted_number(number, rng) if rng.random() < 0.25 else corpus.spoken_number(number, rng)
-    kind = rng.choice(("number", "number", "day", "both", "status", "hours", "words", "name", "repeat"))
+    kind = rng.choice(("number", "number", "day", "both", "status", "hours", "words", "words", "name", "repeat"))
     if kind == "number":
         writer.turns.append(Turn("user", _written(before, "order", spoken, after)))
         writer._call("look_up_order", order_number=_number_in(writer, number))
@@ -385,8 +385,9 @@ def copy_task(rng: random.Random, split: str) -> list[Turn]:
         writer._hours(day_name)
         writer.turns[0] = Turn("assistant", writer.turns[0].text)
     elif kind == "words":
-        words = general.random_words(rng, 1, 7)
-        writer.turns += [Turn("user", f"say {words}"), Turn("assistant", words, True, "copy")]
+        for _ in range(rng.randint(1, 2)):
+            items = _copied_items(rng)
+            writer.turns += [Turn("user", f"say {items}"), Turn("assistant", items, True, "copy")]
     elif kind == "name":
         writer._open()
         writer.turns.append(Turn("user", corpus.phrase("who_are_you", split, rng)))
@@ -401,6 +402,20 @@ def copy_task(rng: random.Random, split: str) -> list[Turn]:
             Turn("assistant", text, True, "repeat"),
         ]
     return writer.turns
+
+
+def _copied_items(rng: random.Random) -> str:
+    """3-16 digits (often repeated ones), words, or both: long copies teach copying far sooner than short ones."""
+    count = rng.randint(3, 16)
+    kind = rng.randrange(4)
+    if kind == 0:
+        return "".join(rng.choice("0123456789") for _ in range(count))
+    if kind == 1:
+        return "".join(rng.choice("0123456789") * rng.choice((1, 1, 2, 2, 3)) for _ in range(count // 2 + 1))
+    if kind == 2:
+        return general.random_words(rng, 3, 16)
+    pools = (general.ALL_WORDS, "0123456789", corpus.DAYS)
+    return " ".join(rng.choice(rng.choice(pools)) for _ in range(count))
 
 
 def _written(*parts: str) -> str:

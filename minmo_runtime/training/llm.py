@@ -144,21 +144,20 @@ class BatchSource:
     def _make_pool(self, number: int) -> list[list[Row]]:
         rng = random.Random(f"0g/{self._curriculum.seed}/{number}")
         copy_share, tokens = self._curriculum.at(number * POOL_BATCHES)
+        gap_share = self._curriculum.gap_share if copy_share < 0.5 else 0.0
         rows: list[Row] = []
         while sum(len(row.ids) for row in rows) < tokens * POOL_BATCHES:
-            # A share of tokens, not of texts: copy tasks are some eight times shorter.
+            gap_rng = rng if rng.random() < gap_share else None
+            # A share of tokens, not of texts: copy tasks are some six times shorter.
             if rng.random() < copy_share:
-                rows += [encode_row(copy_task(rng, "train"), self._tokenizer, self._gap_rng(rng)) for _ in range(6)]
+                rows += [encode_row(copy_task(rng, "train"), self._tokenizer, gap_rng) for _ in range(4)]
             else:
                 turns = dialogue(f"{self._curriculum.seed}/{number}/{rng.random()}", "train")
-                rows.append(encode_row(turns, self._tokenizer, self._gap_rng(rng)))
+                rows.append(encode_row(turns, self._tokenizer, gap_rng))
         rows.sort(key=lambda row: len(row.ids))
         batches = _cut(rows, POOL_BATCHES)
         rng.shuffle(batches)
         return batches
-
-    def _gap_rng(self, rng: random.Random) -> random.Random | None:
-        return rng if rng.random() < self._curriculum.gap_share else None
 
 
 def _cut(rows: list[Row], num_parts: int) -> list[list[Row]]:
@@ -277,7 +276,8 @@ def run(stage: StageConfig, work_dir: Path, budget_s: float) -> dict[str, float]
     dims = BackboneDims.from_dict({**stage.settings["dims"], "vocab_size": tokenizer.vocab_size})
     model = Backbone(dims).init_weights(torch.Generator().manual_seed(stage.seed))
     settings = LoopSettings.from_table(stage.settings)
-    if part_file(work_dir, "llm").exists() and not (folder / "state.safetensors").exists():
+    is_warm = stage.settings.get("warm_start", True) and part_file(work_dir, "llm").exists()
+    if is_warm and not (folder / "state.safetensors").exists():
         shipped, _ = load_llm(work_dir)
         model.load_state_dict(shipped.state_dict())
         _log(folder, f"warm start: {_short(evaluate(model, tokenizer, 20))}")

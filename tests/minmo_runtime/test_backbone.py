@@ -9,6 +9,7 @@ import torch
 
 from minmo_runtime.model.backbone import Backbone
 from minmo_runtime.model.dims import BackboneDims
+from minmo_runtime.model.layers import apply_rotary
 
 TINY = BackboneDims(
     hidden_size=32,
@@ -127,8 +128,20 @@ def test_unknown_size_is_refused_by_name() -> None:
         BackboneDims.from_dict({key: value for key, value in TINY.to_dict().items() if key != "vocab_size"})
 
 
-def test_a_fresh_model_adds_nothing_in_its_layers() -> None:
-    model = Backbone(TINY).init_weights(torch.Generator().manual_seed(0))
-    ids = sequence(2, 6)
-    with torch.no_grad():
-        torch.testing.assert_close(model(ids), model.model.norm(model.embed(ids)))
+@torch.no_grad()
+def test_a_fresh_model_looks_back_in_its_first_layer() -> None:
+    """Heads 0 to 3 look at the tokens 1, 2, 1 and 3 back, wherever they stand; the other layers add nothing yet."""
+    dims = BackboneDims.from_dict({**TINY.to_dict(), "hidden_size": 256, "head_dim": 64})
+    model = Backbone(dims).init_weights(torch.Generator().manual_seed(0))
+    first = model.model.layers[0]
+    x = first.input_layernorm(model.embed(sequence(2, 40)))
+    q, k, _ = first.self_attn.project(x)
+    cos, sin = model.rotary(torch.arange(40)[None], 40)
+    q, k = apply_rotary(q, cos[:, None], sin[:, None])[0], apply_rotary(k, cos[:, None], sin[:, None])[0]
+    for head, gap in enumerate((1, 2, 1, 3)):
+        weights = (q[head, 30] @ k[head // 2, :31].T / 8).softmax(-1)
+        assert int(weights.argmax()) == 30 - gap
+        assert float(weights.max()) > 0.9
+    second = model.model.layers[1]
+    assert not second.self_attn.o_proj.weight.any()
+    assert not second.mlp.down_proj.weight.any()
