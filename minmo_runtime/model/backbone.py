@@ -149,7 +149,7 @@ class Attention(nn.Module):
         """Start head h as "the token g back", g = 1, 2, 1, 3 for h = 0, 1, 2, 3 and so on, by its biases alone.
 
         A key bias (a, 0) and a query bias turned by -g * f for each rotary frequency f give a score of
-        a^2 * cos(f * (distance - g)): highest at distance g. With the ten fastest frequencies neighbours are told apart.
+        a^2 * cos(f * (distance - g)): highest at distance g; the ten fastest frequencies tell neighbours apart.
         """
         half = self.head_dim // 2
         count = min(num_frequencies, half)
