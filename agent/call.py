@@ -16,6 +16,7 @@ hops 4-6 and 10-12.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -54,6 +55,7 @@ class CallSetup:
     order_digits: int
     tools: tuple[str, ...]
     turn_taking: TurnTakingConfig = field(default_factory=TurnTakingConfig)
+    digit_timeout_s: float = 4.0
     min_confidence: float = 0.35  # mean posterior of the caller's words below which the agent asks again
     rendered: Mapping[str, bytes] = field(default_factory=dict)  # sentence -> audio made before the call
     rendered_rate_hz: int = 24_000
@@ -72,7 +74,7 @@ class Call:
         self.book = PlayoutBook(setup.sample_rate_hz)
         self.transcript = Transcript()
         self.wire = WireTimes(setup.sample_rate_hz)
-        self.keypad = Keypad(setup.order_digits)
+        self.keypad = Keypad(setup.order_digits, setup.digit_timeout_s)
         frame = CallFrame(setup.order_digits, setup.facts.started_at.weekday())
         self.desk = ToolDesk(setup.call_id, setup.tools, frame)
         self.sample = 0  # leg clock: caller samples received
@@ -82,6 +84,7 @@ class Call:
         self._has_runtime = self._was_opened = False
         self._is_confirmed = False
         self._is_over = False
+        self._earlier: tuple[tuple[str, str], ...] = ()  # said to an agent process that died
         self._purposes: dict[str, str] = {}  # agent turn -> purpose
         self._flushing: dict[str, str] = {}  # item -> reason of the cut that waits for its exact count
         self._held_requests: list[api.RuntimeRequest] = []  # what must not overtake a CancelReply
@@ -170,7 +173,7 @@ class Call:
                 call_id=self.call_id,
                 system_prompt=self.setup.policy.system_prompt(self.escalation.facts),
                 seed=self.setup.seed,
-                history=history,
+                history=self._earlier + history,
                 slot_digits=self.setup.order_digits,
             )
         )
@@ -204,9 +207,18 @@ class Call:
     def _on_resumed(self, event: own.Resumed, now: float) -> None:
         """The agent process died under this call; the worker kept it. The notice was heard before."""
         self._is_confirmed = True
-        self._open_stream(event.history)
+        self._earlier = event.history
+        self._open_stream(())
         self._floor(floor.Answered(), now)
         self._floor(floor.LineWanted("apology"), now)
+
+    def take_over(self, turn_ids: list[str], played_items: Mapping[str, int]) -> None:
+        """Go on with a call of an earlier agent: no name it used may be used again."""
+        numbers = [int(digits) for name in (*turn_ids, *played_items) for digits in re.findall(r"^[acf](\d+)", name)]
+        highest = max(numbers, default=0) + 100  # drafts that were never heard left no name behind
+        self.turns.skip_turns(highest)
+        self.transcript.skip_caller_turns(highest)
+        self._num_fillers = highest
 
     def _on_disconnected(self, event: tel.LegDisconnected, now: float) -> None:
         self._cut_everything_played()
@@ -393,7 +405,7 @@ class Call:
             case floor.ResumePlayout():
                 self._out.append(tel.Resume(leg_id=self.leg_id))
             case floor.DiscardOverlap():
-                self.wire.resumed()
+                self._out += [Keep("add_metric", figure) for figure in self.wire.resumed()]
                 self._request(api.DiscardOverlap(call_id=self.call_id))
                 if action.words:
                     self._keep_caller_turn(action.words, self.words.confidence, intent=action.why)
@@ -457,7 +469,7 @@ class Call:
     def _cut(self, turn_id: str, reason: str) -> None:
         """Stop the turn at the exact sample; the runtime is told once the leg has said which one that was."""
         self._out += self.desk.cut(turn_id)
-        self.wire.cut(turn_id)
+        self._out += [Keep("add_metric", figure) for figure in self.wire.cut(turn_id)]
         if self._refer_after == turn_id:
             self._refer_after = ""
         if self._filler_id and reason != "recover":
@@ -543,12 +555,14 @@ class Call:
             case "hang_up":
                 self._out.append(self.desk.committed(commit, "done"))
                 self._floor(floor.HangUpWanted("agent_goodbye"), now)
-            case "transfer":
+            case "transfer":  # the model has said already what happens now
                 self._out.append(self.desk.committed(commit, "done"))
-                if self._person_line() == "transfer_start":  # the model has said so already
+                if self._person_line() == "transfer_start":
                     self._out.append(tel.Refer(leg_id=self.leg_id, refer_to=self.escalation.refer_to))
-                else:
-                    self._floor(floor.LineWanted("transfer_failed"), now)
+            case "request_callback":
+                self._out.append(self.desk.committed(commit, "done"))
+                self.escalation.callback_line("caller agreed to a callback")
+                self._out += self.escalation.take_kept()
             case _:
                 self._out.append(commit)
 

@@ -22,6 +22,7 @@ class Escalation:
     facts: CallFacts
     min_confidence: float
     refer_to: str = ""  # set when a transfer was announced
+    has_callback: bool = False
     kept: list[Keep] = field(default_factory=list)  # to be taken by the call
 
     def line_for(self, text: str, confidence: float) -> str:
@@ -42,7 +43,9 @@ class Escalation:
 
     def callback_line(self, reason: str) -> str:
         """Nobody can be reached: a callback is promised and stored."""
-        self.kept.append(Keep("request_callback", {"reason": reason}))
+        if not self.has_callback:
+            self.has_callback = True
+            self.kept.append(Keep("request_callback", {"reason": reason}))
         return "transfer_failed"
 
     def take_kept(self) -> list[Keep]:

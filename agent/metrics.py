@@ -14,6 +14,8 @@ from typing import Any
 
 from telephony.leg import WireMetric
 
+Figure = dict[str, Any]  # arguments of CallStore.add_metric
+
 
 @dataclass
 class WireTimes:
@@ -27,26 +29,34 @@ class WireTimes:
     _early_onset: tuple[int, str] | None = None  # agent began before the caller's offset was reported
     _cut_turns: set[str] = field(default_factory=set)
     _overlap_turn: str = ""
+    _held_ms: float | None = None  # the agent fell silent in an overlap that is not decided yet
 
     def answered(self, sample: int) -> None:
         self._answered = sample
 
-    def cut(self, turn_id: str) -> None:
-        """The floor was lost to the caller in this turn: its last sound is a stop, not a pause."""
+    def cut(self, turn_id: str) -> list[Figure]:
+        """The floor was lost to the caller in this turn: its last sound, before or after now, is a stop."""
         self._cut_turns.add(turn_id)
+        return self._decided("stop_ms") if turn_id == self._overlap_turn else []
 
-    def resumed(self) -> None:
-        """The overlap was no interruption; the next silence of the agent has nothing to do with it."""
+    def resumed(self) -> list[Figure]:
+        """The overlap was no interruption: a silence of the agent in it was a pause."""
+        figures = self._decided("pause_ms")
         self._caller_onset = None
+        return figures
 
-    def hear(self, event: WireMetric, turn_id: str) -> list[dict[str, Any]]:
+    def _decided(self, name: str) -> list[Figure]:
+        held_ms, self._held_ms = self._held_ms, None
+        return [] if held_ms is None else [self._named(name, held_ms, self._overlap_turn)]
+
+    def hear(self, event: WireMetric, turn_id: str) -> list[Figure]:
         """Figures that became known, as arguments of CallStore.add_metric. `turn_id`: what the agent says now."""
         match event.kind:
             case "caller_onset":
                 self._is_caller_voiced = True
                 self._caller_offset = None
                 if self._is_agent_voiced:
-                    self._caller_onset, self._overlap_turn = event.sample, turn_id
+                    self._caller_onset, self._overlap_turn, self._held_ms = event.sample, turn_id, None
             case "caller_offset":
                 self._is_caller_voiced = False
                 return self._caller_stopped(event.sample)
@@ -60,7 +70,7 @@ class WireTimes:
                 return self._agent_stopped(event.sample)
         return []
 
-    def _caller_stopped(self, sample: int) -> list[dict[str, Any]]:
+    def _caller_stopped(self, sample: int) -> list[Figure]:
         self._caller_offset = sample
         if self._early_onset is None:
             return []
@@ -70,7 +80,7 @@ class WireTimes:
         self._caller_offset = None
         return [self._figure("voice_to_voice_ms", onset - sample, turn_id)]
 
-    def _agent_began(self, sample: int, turn_id: str) -> list[dict[str, Any]]:
+    def _agent_began(self, sample: int, turn_id: str) -> list[Figure]:
         figures = []
         if not self._has_spoken and self._answered is not None:
             self._has_spoken = True
@@ -83,12 +93,21 @@ class WireTimes:
             self._early_onset = (sample, turn_id)
         return figures
 
-    def _agent_stopped(self, sample: int) -> list[dict[str, Any]]:
+    def _agent_stopped(self, sample: int) -> list[Figure]:
         onset, self._caller_onset = self._caller_onset, None
         if onset is None or sample < onset:
             return []
-        name = "stop_ms" if self._overlap_turn in self._cut_turns else "pause_ms"
-        return [self._figure(name, sample - onset, self._overlap_turn)]
+        stopped_ms = self._to_ms(sample - onset)
+        if self._overlap_turn in self._cut_turns:
+            return [self._named("stop_ms", stopped_ms, self._overlap_turn)]
+        self._held_ms = stopped_ms  # a pause or a stop: the decision tells
+        return []
 
-    def _figure(self, name: str, num_samples: int, turn_id: str) -> dict[str, Any]:
-        return {"turn_id": turn_id, "name": name, "value": round(1000 * num_samples / self.sample_rate_hz, 1)}
+    def _figure(self, name: str, num_samples: int, turn_id: str) -> Figure:
+        return self._named(name, self._to_ms(num_samples), turn_id)
+
+    def _named(self, name: str, value: float, turn_id: str) -> Figure:
+        return {"turn_id": turn_id, "name": name, "value": value}
+
+    def _to_ms(self, num_samples: int) -> float:
+        return round(1000 * num_samples / self.sample_rate_hz, 1)

@@ -27,6 +27,10 @@ class Transcript:
     _order: list[str] = field(default_factory=list)  # by when it began to be heard
     _num_caller_turns: int = 0
 
+    def skip_caller_turns(self, num_turns: int) -> None:
+        """An earlier agent of this call has used so many ids."""
+        self._num_caller_turns += num_turns
+
     # ------------------------------------------------------------------- caller
 
     def caller_spoke(

@@ -137,6 +137,10 @@ class TurnTaking:
             handler(self, event, now)
         return self._actions
 
+    def skip_turns(self, num_turns: int) -> None:
+        """An earlier agent of this call has used so many turn ids."""
+        self._num_turns += num_turns
+
     @property
     def current(self) -> AgentTurn | None:
         return self.queue[0] if self.queue else None

@@ -1,7 +1,8 @@
 """What the tools do: the shell's side, against the store. Synchronous; called on a worker thread.
 
-`check` is phase one of a tool (nothing changes), `commit` phase two (the reply was heard). The lines are the result format
-that the checkpoint was trained on: "status shipped day wednesday", "open nine close five thirty", "result changed".
+`check` is phase one of a tool (nothing changes), `commit` phase two (the reply was heard). The lines are the
+result format that the checkpoint was trained on: "status shipped day wednesday", "open nine close five thirty",
+"result changed".
 """
 
 from __future__ import annotations
@@ -48,21 +49,17 @@ class Shop:
                 refusal = delivery_refusal(self.store.look_up_order(arguments["order_number"]), arguments["day"])
                 return _REFUSALS.get(refusal, "result changed"), not refusal, {}
             case "transfer":
-                return ("status connecting" if self.can_transfer else "status busy"), self.can_transfer, {}
+                return ("status connecting" if self.can_transfer else "status busy"), True, {}
             case "request_callback":
                 return "result stored", True, {}
         return "", True, {}  # hang_up: nothing to say about it
 
     def commit(self, heard: CommitTool, now: dt.datetime) -> tuple[str, dict[str, object]]:
         """Carry out the side effect; the state (done | failed) and result to keep."""
-        match heard.name:
-            case "change_delivery":
-                order_number, day = heard.arguments["order_number"], heard.arguments["day"]
-                outcome = self.store.change_delivery(self.call_id, order_number, day, now=now)
-                return ("done" if outcome == "ok" else "failed"), {"outcome": outcome}
-            case "request_callback":
-                self.store.request_callback(self.call_id, reason="caller agreed to a callback", now=now)
-        return "done", {}
+        assert heard.name == "change_delivery", heard.name  # the others are the call's own acts
+        order_number, day = heard.arguments["order_number"], heard.arguments["day"]
+        outcome = self.store.change_delivery(self.call_id, order_number, day, now=now)
+        return ("done" if outcome == "ok" else "failed"), {"outcome": outcome}
 
 
 def _in_words(time: str) -> str:

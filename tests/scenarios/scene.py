@@ -1,4 +1,6 @@
-"""A whole call in virtual time: the call's core between a loopback leg and a fake runtime's stream. No clock, no task."""
+"""A whole call in virtual time: the call's core between a loopback leg and a fake runtime's stream. No clock, no
+task.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,21 @@ import datetime as dt
 import math
 from array import array
 from collections import deque
+from functools import cache
 from typing import Any
 
 from agent.call import Call, CallSetup
 from agent.events import (
-    CallEvent, CommitTool, EndCall, Keep, ReopenRuntime, RunTool, RuntimeReady, Start, Tick, ToolFinished,
+    CallEvent,
+    CommitTool,
+    EndCall,
+    Keep,
+    ReopenRuntime,
+    RuntimeReady,
+    RunTool,
+    Start,
+    Tick,
+    ToolFinished,
 )  # fmt: skip
 from agent.prompts.lines import LineBook
 from agent.turn_taking import TurnTakingConfig
@@ -42,11 +54,12 @@ RULES = (
         pattern="move", tool="change_delivery", arguments={"order_number": "12345", "day": "friday"},
         text="okay it will arrive on friday and that is all there is to say about it",
     ),
-    FakeRule(pattern="wrong", tool="look_up_order", arguments={"order_number": "4x"}, text="i can not find it {status}"),
+    FakeRule(pattern="wrong", tool="look_up_order", arguments={"order_number": "4x"}, text="i can not find it"),
     FakeRule(pattern="story", text=" ".join(f"word{i}" for i in range(30))),
 )  # fmt: skip
 
 
+@cache
 def tone(seconds: float, hz: float = 220.0) -> bytes:
     """Voice enough for the loopback's voice activity detector: harmonics that swell and fade."""
     count = int(seconds * RATE_HZ)
@@ -70,7 +83,9 @@ def policy(handoff_uri: str = "") -> PolicyEngine:
 
 
 class Scene:
-    """`scene.caller("...", 1.5)` speaks; `scene.run(seconds)`; then look at `scene.kept`, `.sent`, `.asked`, `.transcript`."""
+    """`scene.caller("...", 1.5)` speaks; `scene.run(seconds)`; then look at `scene.kept`, `.sent`, `.asked`,
+    `.transcript`.
+    """
 
     def __init__(
         self,
@@ -87,7 +102,8 @@ class Scene:
         facts = CallFacts(call_id="c1", did="100", started_at=dt.datetime(2026, 1, 5, tzinfo=dt.UTC))
         setup = CallSetup(
             call_id="c1", leg_id="l1", sample_rate_hz=RATE_HZ, facts=facts, policy=policy(handoff_uri),
-            lines=book.for_call({}), order_digits=5, tools=TOOLS, turn_taking=config or TurnTakingConfig(), rendered=rendered,
+            lines=book.for_call({}), order_digits=5, tools=TOOLS, turn_taking=config or TurnTakingConfig(),
+            rendered=rendered,
         )  # fmt: skip
         self.call = Call(setup)
         self.leg = LoopbackLeg("l1")
@@ -208,6 +224,7 @@ class Scene:
         return dataclasses.replace(TurnTakingConfig(), **settings)
 
 
+@cache
 def _speech(seconds: float) -> bytes:
     """Rendered audio at the runtime's rate."""
     return array(

@@ -1,0 +1,279 @@
+"""Composition root and parent process: starts worker, engine, agent and web, starts them again when they die, ends
+them in order.
+
+    minmo serve             serve(config): until SIGTERM (drains: running calls may end) or a second one (ends them)
+    async with Stack(config) as stack: ...          the same, for the demo, the evaluation and live tests
+
+What the caller and the record see when a process dies is design §5. The parent itself carries no call and no model:
+if it is gone, each child notices, says BYE where it has to, and exits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from agent import rendering
+from agent.agent_process import checkpoint_facts
+from agent.config import Config
+from agent.engine_link import EngineLink
+from agent.processes import Child, ChildFailed, ChildSpec
+from agent.prompts.lines import LineBook
+from agent.run_folder import ENGINE_SOCKET, MEDIA_SOCKET, checkpoint_folder, make_run_folder, write_settings
+from policies.engine import PolicyEngine
+
+log = logging.getLogger(__name__)
+READY_WITHIN_S = 60.0
+RENDER_WITHIN_S = 180.0  # the first start with a checkpoint, on a slow machine
+
+
+class StartError(Exception):
+    """The stack cannot start; the message says what to do."""
+
+
+class Stack:
+    """All processes of one agent. `async with` starts them and returns when calls are taken."""
+
+    def __init__(self, config: Config, *, has_web: bool = True, is_new_token_wanted: bool = False) -> None:
+        self.checkpoint = checkpoint_folder(config)
+        if not (self.checkpoint / "checkpoint.toml").is_file():
+            raise StartError(
+                f"UNTRAINED: no checkpoint at {self.checkpoint}; train one (minmo train all) or set agent.checkpoint"
+            )
+        self.config = _with_fixed_ports(config)
+        self._has_web, self._is_new_token_wanted = has_web, is_new_token_wanted
+        self.run_folder = make_run_folder(config.agent.run_folder)
+        self._owns_folder = not config.agent.run_folder
+        self.settings = write_settings(self.config, self.run_folder)
+        self.children: dict[str, Child] = {}
+        self.failed: asyncio.Future[None] | None = None
+        self._keepers: list[asyncio.Task[None]] = []
+
+    # ------------------------------------------------------------------------- start
+
+    async def __aenter__(self) -> Stack:
+        self.failed = asyncio.get_running_loop().create_future()
+        try:
+            self._begin("engine", self._engine_spec())
+            if self._has_web:
+                self._begin("web", self._web_spec())
+            apology = await self._rendered_lines()
+            self._begin("worker", self._worker_spec(apology))
+            self._begin("agent", self._agent_spec())
+            await self._all_ready()
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    @property
+    def sip_address(self) -> str:
+        """host:port to call."""
+        return f"{self.config.telephony.sip_bind}:{self.config.telephony.sip_port}"
+
+    @property
+    def web_url(self) -> str:
+        scheme = "https" if self.config.web.tls_cert_file else "http"
+        return f"{scheme}://{self.config.web.host}:{self.config.web.port}/"
+
+    def _begin(self, name: str, spec: ChildSpec) -> None:
+        child = self.children[name] = Child(spec, on_line=lambda who, line: log.debug("%s: %s", who, line))
+        keeper = asyncio.create_task(child.keep_running(), name=f"parent/{name}")
+        keeper.add_done_callback(self._on_keeper_done)
+        self._keepers.append(keeper)
+
+    def _on_keeper_done(self, keeper: asyncio.Task[None]) -> None:
+        if keeper.cancelled() or self.failed is None or self.failed.done():
+            return
+        if error := keeper.exception():
+            self.failed.set_exception(error)
+
+    async def _all_ready(self) -> None:
+        waiting = asyncio.gather(*(child.ready.wait() for child in self.children.values()))
+        await self._or_failed(waiting, READY_WITHIN_S, "the processes are not ready")
+
+    async def _or_failed(self, work: asyncio.Future[Any], within_s: float, what: str) -> None:
+        assert self.failed is not None
+        both: set[asyncio.Future[Any]] = {work, self.failed}
+        done, _ = await asyncio.wait(both, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
+        if work in done:
+            work.result()
+            return
+        work.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await work
+        if self.failed in done:
+            try:
+                self.failed.result()
+            except ChildFailed as error:
+                raise StartError(str(error)) from error
+        raise StartError(f"{what} within {within_s:.0f} s")
+
+    async def _rendered_lines(self) -> Path:
+        """Fixed sentences as audio, made once per checkpoint. The worker's apology among them."""
+        book = LineBook.load()
+        policy = PolicyEngine.load(self.config.policies, checkpoint_facts(self.checkpoint), line_keys=book.keys)
+        texts = rendering.sentences(book, policy.campaigns)
+        if not texts:
+            problems = "; ".join(f"{p.name}: {p.reason}" for p in policy.problems)
+            raise StartError(f"no campaign can take calls: {problems or 'the folder is empty'}")
+        folder = rendering.folder_for(self.config.storage.folder, self.checkpoint)
+        todo = rendering.missing(folder, texts)
+        if todo:
+            log.info("speaking %d fixed sentences for the first time", len(todo))
+            work = asyncio.ensure_future(self._render(folder, todo, policy))
+            await self._or_failed(work, RENDER_WITHIN_S, "the fixed sentences could not be spoken")
+        return rendering.path_of(folder, book.lines[rendering.APOLOGY_PURPOSE][0])
+
+    async def _render(self, folder: Path, texts: list[str], policy: PolicyEngine) -> None:
+        await self.children["engine"].ready.wait()
+        link = EngineLink(self.run_folder / ENGINE_SOCKET)
+        try:
+            persona = policy.campaigns[0].persona.introduction(policy.campaigns[0].shop)
+            await rendering.render(await link.runtime(), folder, texts, persona)
+        finally:
+            await link.close()
+
+    # ------------------------------------------------------------------------- roles
+
+    def _engine_spec(self) -> ChildSpec:
+        command = (
+            "-m", "minmo_runtime.server", "--socket", str(self.run_folder / ENGINE_SOCKET),
+            "--checkpoint", str(self.checkpoint), "--max-streams", str(self.config.runtime.max_streams),
+        )  # fmt: skip
+        threads = str(self.config.runtime.num_threads)
+        return ChildSpec("engine", command, {"OMP_NUM_THREADS": threads}, is_ready=lambda line: line == "ready")
+
+    def _worker_spec(self, apology: Path) -> ChildSpec:
+        telephony = dataclasses.asdict(self.config.telephony)
+        if not telephony["apology_wav"] and apology.is_file():
+            telephony["apology_wav"] = str(apology.absolute())
+        command = (
+            "-m", "telephony.worker", "--socket", str(self.run_folder / MEDIA_SOCKET),
+            "--config", json.dumps(telephony), "--parent-pid", str(os.getpid()),
+        )  # fmt: skip
+        return ChildSpec("worker", command, is_ready=_is_ready_json)
+
+    def _agent_spec(self) -> ChildSpec:
+        return ChildSpec("agent", ("-m", "agent.agent_process", *self._role_options()), is_ready=_is_ready_json)
+
+    def _web_spec(self) -> ChildSpec:
+        new_token = ("--new-token",) if self._is_new_token_wanted else ()
+        return ChildSpec("web", ("-m", "agent.web_process", *self._role_options(), *new_token), is_ready=_is_ready_json)
+
+    def _role_options(self) -> tuple[str, ...]:
+        return (
+            "--settings", str(self.settings), "--run-folder", str(self.run_folder), "--parent-pid", str(os.getpid()),
+        )  # fmt: skip
+
+    # -------------------------------------------------------------------------- stop
+
+    async def drain(self) -> None:
+        """No new calls; returns when the last one has ended, or its time is over."""
+        worker = self.children.get("worker")
+        if worker is not None and worker.process is not None:
+            worker.is_stopping = True
+            worker.signal(signal.SIGTERM)
+            await worker.process.wait()
+
+    async def stop(self) -> None:
+        """Worker first (BYE to whoever is left), then the rest. Nothing of ours is left behind."""
+        worker = self.children.get("worker")
+        if worker is not None:
+            worker.signal(signal.SIGTERM)  # the second one, sent by `stop`, ends calls at once
+            await asyncio.sleep(0.05)
+            await worker.stop()
+        await asyncio.gather(*(child.stop() for name, child in self.children.items() if name != "worker"))
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+        if self.failed is not None:
+            if self.failed.done():
+                self.failed.exception()  # retrieved
+            else:
+                self.failed.cancel()
+        if self._owns_folder:
+            shutil.rmtree(self.run_folder, ignore_errors=True)
+
+
+def serve(config: Config, *, is_new_token_wanted: bool = False) -> int:
+    """`minmo serve`: exit status 0 after an ordinary end."""
+    logging.basicConfig(level=config.agent.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        return asyncio.run(_serve(config, is_new_token_wanted))
+    except StartError as error:
+        print(f"minmo: {error}")
+        return 1
+
+
+async def _serve(config: Config, is_new_token_wanted: bool) -> int:
+    signals: asyncio.Queue[int] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signals.put_nowait, number)
+    stack = Stack(config, is_new_token_wanted=is_new_token_wanted)
+    starting = asyncio.ensure_future(stack.__aenter__())
+    stopped = asyncio.ensure_future(signals.get())
+    first: set[asyncio.Future[Any]] = {starting, stopped}
+    await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        return 0
+    starting.result()
+    print(f"ready: call sip:100@{stack.sip_address}, page {stack.web_url}", flush=True)
+    assert stack.failed is not None
+    try:
+        either: set[asyncio.Future[Any]] = {stopped, stack.failed}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if stack.failed.done():
+            raise StartError(str(stack.failed.exception()))
+        print("no new calls; waiting for the last one (again to end them)", flush=True)
+        again = asyncio.ensure_future(signals.get())
+        draining = asyncio.ensure_future(stack.drain())
+        end: set[asyncio.Future[Any]] = {again, draining}
+        await asyncio.wait(end, return_when=asyncio.FIRST_COMPLETED)
+        for task in (again, draining):
+            task.cancel()
+        await asyncio.gather(again, draining, return_exceptions=True)
+    finally:
+        stopped.cancel()
+        await stack.stop()
+    return 0
+
+
+def _with_fixed_ports(config: Config) -> Config:
+    """A port of 0 is chosen once, here: a worker that is started again must be found where it was."""
+    telephony, web = config.telephony, config.web
+    if not telephony.sip_port:
+        telephony = dataclasses.replace(telephony, sip_port=free_port(socket.SOCK_DGRAM, telephony.sip_bind))
+    if not web.port:
+        web = dataclasses.replace(web, port=free_port(socket.SOCK_STREAM, web.host))
+    storage = dataclasses.replace(config.storage, folder=config.storage.folder.absolute())  # children run elsewhere
+    return dataclasses.replace(config, telephony=telephony, web=web, storage=storage)
+
+
+def free_port(kind: socket.SocketKind, host: str) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, kind) as probe:
+        probe.bind((host.strip("[]"), 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _is_ready_json(line: str) -> bool:
+    return line.startswith("{") and json.loads(line).get("ready") is True

@@ -1,0 +1,206 @@
+"""The shell of one call: the only place where a call meets clocks, sockets and threads.
+
+One inbox, one loop: events of the leg, of the runtime and of the clock go into `Call.step`, its actions are carried
+out in order. One task group per call; ending the call ends every task of it. Decides nothing: agent/call.py does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import logging
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Executor
+from typing import Any
+
+from agent.call import Call
+from agent.engine_link import EngineLink
+from agent.events import (
+    CallAction,
+    CallEvent,
+    CommitTool,
+    EndCall,
+    Keep,
+    ReopenRuntime,
+    Resumed,
+    RuntimeLost,
+    RuntimeReady,
+    RunTool,
+    Start,
+    Tick,
+)
+from agent.tools.shop import Shop
+from minmo_runtime import api
+from storage.calls import CallStore, StorageError
+from telephony import leg as tel
+
+log = logging.getLogger(__name__)
+TICK_S = 0.05
+MAX_INBOX = 2_000  # about 20 s of frames; a loop that is so far behind drops nothing, its producers wait
+ALIVE_AFTER_END_S = 5.0  # for the last writes
+
+
+def utc_now() -> dt.datetime:
+    return dt.datetime.now(dt.UTC)
+
+
+class LiveCall:
+    """`await LiveCall(...).run()` lasts as long as the call."""
+
+    def __init__(
+        self, call: Call, leg: tel.Leg, engines: EngineLink, store: CallStore, writer: Executor, shop: Shop,
+        clock: Callable[[], dt.datetime] = utc_now,
+    ) -> None:  # fmt: skip
+        """`writer` runs the store's methods, one after another, off the loop (each may wait for the disk)."""
+        self.call, self.leg, self.engines, self.store = call, leg, engines, store
+        self._writer, self._shop, self._clock = writer, shop, clock
+        self._inbox: asyncio.Queue[CallEvent] = asyncio.Queue(MAX_INBOX)
+        self._runtime: api.Runtime | None = None
+        self._group: asyncio.TaskGroup | None = None
+        self._name = f"call-{call.call_id}"
+
+    async def run(self, history: tuple[tuple[str, str], ...] | None = None) -> None:
+        """`history`: the call was up already, and this is what was said in it."""
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.TaskGroup() as self._group:
+                helpers = [self._spawn("leg", self._read_leg()), self._spawn("clock", self._tick())]
+                await self._inbox.put(Start() if history is None else Resumed(history))
+                is_over = False
+                while not is_over:
+                    event = await self._inbox.get()
+                    for action in self.call.step(event, loop.time()):
+                        is_over = isinstance(action, EndCall) or is_over
+                        await self._carry_out(action)
+                for task in helpers:
+                    task.cancel()
+                raise _CallOver
+        except* _CallOver:
+            pass
+        finally:
+            await self._drain()
+
+    def post(self, event: CallEvent) -> None:
+        """From outside: shut down. Dropped when the call is over."""
+        if not self._inbox.full():
+            self._inbox.put_nowait(event)
+
+    # ------------------------------------------------------------------ carrying out
+
+    async def _carry_out(self, action: CallAction) -> None:
+        match action:
+            case Keep():
+                self._keep(action)
+            case RunTool():
+                self._spawn("tool", self._run_tool(action))
+            case CommitTool():
+                self._spawn("tool", self._commit_tool(action))
+            case ReopenRuntime():
+                self._runtime = None
+                self._spawn("engine", self._find_engine())
+            case EndCall():
+                pass
+            case api.OpenStream():
+                self._spawn("engine", self._open_stream(action))
+            case _ if isinstance(action, api.Message):
+                await self._ask(action)
+            case _:
+                await self._command(action)
+
+    async def _command(self, command: tel.LegCommand) -> None:
+        try:
+            await self.leg.send(command)
+        except tel.LegError as error:  # e.g. the caller has hung up a moment ago
+            log.warning("call %s: %s", self.call.call_id, error)
+
+    async def _ask(self, request: api.RuntimeRequest) -> None:
+        if self._runtime is None:
+            return
+        try:
+            await self._runtime.send(request)
+        except api.StreamLost as error:
+            self._runtime = None
+            if not isinstance(request, api.CloseStream):
+                self.post(RuntimeLost(str(error)))
+
+    def _keep(self, keep: Keep) -> None:
+        self._write(
+            lambda now: getattr(self.store, keep.method)(self.call.call_id, **keep.arguments, now=now), keep.method
+        )
+
+    def _write(self, write: Callable[[dt.datetime], Any], what: str) -> None:
+        now = self._clock()
+
+        def guarded() -> None:
+            try:
+                write(now)
+            except StorageError as error:
+                log.error("call %s: %s is not kept: %s", self.call.call_id, what, error)
+            except Exception:
+                log.exception("call %s: %s is not kept", self.call.call_id, what)
+
+        self._writer.submit(guarded)
+
+    # ------------------------------------------------------------------------- tools
+
+    async def _run_tool(self, asked: RunTool) -> None:
+        done = await asyncio.get_running_loop().run_in_executor(None, self._shop.check, asked)
+        await self._inbox.put(done)
+
+    async def _commit_tool(self, heard: CommitTool) -> None:
+        # On the writer's thread: it must come after everything that was kept before it.
+        now = self._clock()
+        state, result = await asyncio.get_running_loop().run_in_executor(self._writer, self._shop.commit, heard, now)
+        self._keep(self.call.desk.committed(heard, state, result))
+
+    # ----------------------------------------------------------------------- sources
+
+    async def _read_leg(self) -> None:
+        async for event in self.leg.events():
+            await self._inbox.put(event)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            await self._inbox.put(Tick())
+
+    async def _open_stream(self, request: api.OpenStream) -> None:
+        """Room in the engine is there as long as as many calls are let in as it holds streams."""
+        try:
+            runtime = await self.engines.runtime()
+            await runtime.send(request)
+        except api.StreamLost as error:
+            log.warning("call %s: %s", self.call.call_id, error)
+            await self._find_engine()
+            return
+        except api.RuntimeOverloaded as error:
+            log.error("call %s: %s", self.call.call_id, error)
+            await self._command(tel.Reject(leg_id=self.call.leg_id, sip_status=503, retry_after_s=5))
+            return
+        self._runtime = runtime
+        self._spawn("runtime", self._read_runtime(runtime))
+
+    async def _read_runtime(self, runtime: api.Runtime) -> None:
+        try:
+            async for event in runtime.events(self.call.call_id):
+                await self._inbox.put(event)
+        except api.StreamLost as error:
+            await self._inbox.put(RuntimeLost(str(error)))
+
+    async def _find_engine(self) -> None:
+        await self.engines.runtime()
+        await self._inbox.put(RuntimeReady())
+
+    # -------------------------------------------------------------------------- tasks
+
+    def _spawn(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        assert self._group is not None
+        return self._group.create_task(work, name=f"{self._name}/{name}")
+
+    async def _drain(self) -> None:
+        """Everything kept so far has been handed to the store."""
+        await asyncio.get_running_loop().run_in_executor(self._writer, lambda: None)
+
+
+class _CallOver(Exception):
+    """Ends the task group, and with it every task of the call."""

@@ -1,0 +1,97 @@
+"""Fixed sentences as audio, made before any call: heard at once, whatever the engine is doing.
+
+Made with the engine's own voice when the stack starts for the first time with a checkpoint, and kept on disk under a
+key of the checkpoint's content; later starts only read them. Which ones: what must not wait (the notice, fillers,
+apologies).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import wave
+from collections.abc import Iterable
+from pathlib import Path
+
+from agent.call import CACHED_PURPOSES
+from agent.prompts.lines import LineBook
+from minmo_runtime import api
+from policies.campaign import Campaign
+
+STREAM_ID = "rendering"
+APOLOGY_PURPOSE = "engine_lost"  # what a media worker plays while there is no agent
+
+
+def sentences(book: LineBook, campaigns: Iterable[Campaign]) -> list[str]:
+    """Every sentence that is wanted as audio, in any campaign's words, each once."""
+    found: dict[str, None] = {}
+    for campaign in campaigns:
+        texts = book.for_call(campaign.lines).texts
+        found |= dict.fromkeys(text for purpose in sorted(CACHED_PURPOSES) for text in texts[purpose])
+    return list(found)
+
+
+def folder_for(storage_folder: Path, checkpoint: Path) -> Path:
+    """checkpoint.toml names every weight file with its hash, so its own hash stands for all of them."""
+    contents = checkpoint / "checkpoint.toml"
+    digest = hashlib.sha256(contents.read_bytes())
+    for weights in sorted(checkpoint.glob("*.safetensors")):
+        status = weights.stat()  # changed in place without a new table of contents: size and time tell
+        digest.update(f"{weights.name} {status.st_size} {status.st_mtime_ns}".encode())
+    return storage_folder / "rendered" / digest.hexdigest()[:16]
+
+
+def path_of(folder: Path, text: str) -> Path:
+    return folder / (hashlib.sha256(text.encode()).hexdigest()[:24] + ".wav")
+
+
+def missing(folder: Path, texts: Iterable[str]) -> list[str]:
+    return [text for text in texts if not path_of(folder, text).is_file()]
+
+
+def load(folder: Path, texts: Iterable[str]) -> tuple[dict[str, bytes], int]:
+    """What is there, by sentence, and its sample rate."""
+    audio: dict[str, bytes] = {}
+    rate = 24_000
+    for text in texts:
+        path = path_of(folder, text)
+        if path.is_file():
+            with wave.open(str(path), "rb") as file:
+                rate = file.getframerate()
+                audio[text] = file.readframes(file.getnframes())
+    return audio, rate
+
+
+async def render(runtime: api.Runtime, folder: Path, texts: Iterable[str], system_prompt: str) -> None:
+    """Speak each text and keep what came; returns when all are on disk."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for index, text in enumerate(texts):
+        # A stream each: within one, the engine makes audio only a few seconds ahead of when it would be played.
+        pcm, rate_hz = await _speak(runtime, f"{STREAM_ID}-{index}", text, system_prompt)
+        _write(path_of(folder, text), pcm, rate_hz)
+
+
+async def _speak(runtime: api.Runtime, stream_id: str, text: str, system_prompt: str) -> tuple[bytes, int]:
+    pcm, rate_hz = bytearray(), 0
+    await runtime.send(api.OpenStream(call_id=stream_id, system_prompt=system_prompt))
+    await runtime.send(api.Say(call_id=stream_id, turn_id="r", text=text))
+    async for event in runtime.events(stream_id):
+        match event:
+            case api.StreamOpened():
+                rate_hz = event.output_sample_rate_hz
+            case api.AudioDelta():
+                pcm += event.pcm
+            case api.ReplyFinished():
+                await runtime.send(api.CloseStream(call_id=stream_id))
+            case api.StreamFailed():
+                raise RuntimeError(f"the engine could not speak {text!r}: {event.reason}")
+    return bytes(pcm), rate_hz
+
+
+def _write(path: Path, pcm: bytes, rate_hz: int) -> None:
+    part = path.with_suffix(".part")
+    with wave.open(str(part), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate_hz)
+        file.writeframes(pcm)
+    part.rename(path)

@@ -1,0 +1,57 @@
+"""The private folder that our processes share: sockets, and the settings of this start. Mode 0700, gone with the
+parent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import stat
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from agent.config import DERIVED, Config, ConfigError, build_config
+
+ENGINE_SOCKET, MEDIA_SOCKET, SETTINGS_FILE = "engine.sock", "media.sock", "settings.json"
+SHIPPED_CHECKPOINT = Path(__file__).resolve().parent.parent / "minmo_runtime" / "checkpoints" / "nano"
+
+
+def make_run_folder(wanted: str) -> Path:
+    """A fresh folder, or the wanted one, which must be ours alone."""
+    if not wanted:
+        return Path(tempfile.mkdtemp(prefix="minmo-run-"))  # mkdtemp makes it 0700
+    folder = Path(wanted)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
+        raise ConfigError(f"agent.run_folder = {wanted!r}: must belong to this user with mode 0700")
+    return folder
+
+
+def write_settings(config: Config, folder: Path) -> Path:
+    """All settings as the children read them; only this user can."""
+    path = folder / SETTINGS_FILE
+    table = {name: _plain(dataclasses.asdict(getattr(config, name))) for name in _sections(config)}
+    for section, key in DERIVED:
+        table[section].pop(key, None)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        json.dump(table, file)
+    return path
+
+
+def read_settings(path: Path) -> Config:
+    return build_config(json.loads(path.read_text(encoding="utf-8")))
+
+
+def checkpoint_folder(config: Config) -> Path:
+    return Path(config.agent.checkpoint) if config.agent.checkpoint else SHIPPED_CHECKPOINT
+
+
+def _sections(config: Config) -> list[str]:
+    return [field.name for field in dataclasses.fields(config)]
+
+
+def _plain(table: dict[str, Any]) -> dict[str, Any]:
+    return {key: str(value) if isinstance(value, Path) else value for key, value in table.items()}

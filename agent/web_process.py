@@ -1,0 +1,35 @@
+"""The web process: the supervisors' page, started and watched by the parent (agent/app.py). Reads the database,
+nothing else.
+
+python -m agent.web_process --settings FILE.json --run-folder DIR --parent-pid PID [--new-token]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from agent.run_folder import read_settings
+from agent.supervisor.serve import run_web
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="web process")
+    parser.add_argument("--settings", type=Path, required=True)
+    parser.add_argument("--run-folder", type=Path, required=True)
+    parser.add_argument("--parent-pid", type=int, required=True)
+    parser.add_argument("--new-token", action="store_true")
+    arguments = parser.parse_args()
+    config = read_settings(arguments.settings)
+    run_web(
+        config.web,
+        config.storage,
+        is_new_token_wanted=arguments.new_token,
+        parent_pid=arguments.parent_pid,
+        on_ready=lambda url: print(json.dumps({"ready": True, "url": url}), flush=True),
+    )
+
+
+if __name__ == "__main__":
+    main()
