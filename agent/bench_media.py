@@ -2,11 +2,12 @@
 
     python -m agent.bench_media [--calls 2] [--seconds 5] [--repeat 5]
 
-A media worker (its own process) carries `calls` calls. The agent is this process: it speaks without pause in chunks of 200 ms, as
-an engine delivers them. Cases: `idle`; `agent_thread` (one CPU-bound Python thread in the agent process); `agent_thread+process`
-(and one busy process per CPU core, nice +5 as the engine runs). The gap between two RTP packets of a call is taken from the kernel's
-receive time stamps, so how late this process reads them does not matter. `silent_packets` counts packets without voice while
-the agent was speaking: audio that came too late. Figures are medians over the repetitions; the last line is JSON.
+A media worker (its own process) carries `calls` calls. The agent is this process: it speaks without pause in chunks of
+200 ms, as an engine delivers them. Cases: `idle`; `agent_thread` (one CPU-bound Python thread in the agent process);
+`agent_thread+process` (and one busy process per CPU core, nice +5 as the engine runs). The gap between two RTP packets
+of a call is taken from the kernel's receive time stamps, so how late this process reads them does not matter.
+`silent_packets` counts packets without voice while the agent was speaking: audio that came too late. Figures are
+medians over the repetitions; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -179,7 +180,7 @@ def _load(load: str) -> Iterator[None]:
 
 def _median(results: list[CaseResult]) -> dict[str, object]:
     def middle(name: str) -> float:
-        return round(statistics.median(getattr(result, name) for result in results), 2)
+        return round(float(statistics.median(getattr(result, name) for result in results)), 2)
 
     return {
         "load": results[0].load, "packets": sum(result.packets for result in results),
@@ -195,13 +196,23 @@ def run_bench(num_calls: int = 2, seconds: float = 5.0, repeat: int = 5) -> dict
     cases = []
     with WorkerProcess(TelephonyConfig(sip_port=0, max_calls=max(3, num_calls))) as worker:
         for load in CASES:
-            results = [
-                _result(load, asyncio.run(_measure(worker, num_calls, seconds, load))) for _ in range(repeat)
-            ]
+            results = [_result(load, asyncio.run(_measure(worker, num_calls, seconds, load))) for _ in range(repeat)]
             cases.append(_median(results))
             print(f"{load:22} {json.dumps(cases[-1])}", file=sys.stderr)
-    machine = {"scheduling": worker.ready["scheduling"], "cpus": os.cpu_count(), "load_1min": round(os.getloadavg()[0], 2), "kernel": platform.release()}
-    return {"bench": "media", "calls": num_calls, "seconds": seconds, "repeat": repeat, "cases": cases, "machine": machine}
+    machine = {
+        "scheduling": worker.ready["scheduling"],
+        "cpus": os.cpu_count(),
+        "load_1min": round(os.getloadavg()[0], 2),
+        "kernel": platform.release(),
+    }
+    return {
+        "bench": "media",
+        "calls": num_calls,
+        "seconds": seconds,
+        "repeat": repeat,
+        "cases": cases,
+        "machine": machine,
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:

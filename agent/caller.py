@@ -3,11 +3,12 @@
     minmo call sip:100@127.0.0.1:5060 --play FILE.wav --record OUT.wav [--dtmf 123#]
     python -m agent.caller sip:… --play FILE.wav --record OUT.wav          (the same; the last line is JSON)
 
-    script = CallerScript(steps=(WaitForAgent(), Say(read_clip("a.wav")), BargeIn(read_clip("b.wav"), after_ms=800), Hangup()))
-    report = asyncio.run(run_caller("sip:100@127.0.0.1:5060", script, record=Path("out.wav")))
+    script = CallerScript(steps=(WaitForAgent(), Say(read_clip("a.wav")), BargeIn(read_clip("b.wav"), after_ms=800),
+    Hangup())) report = asyncio.run(run_caller("sip:100@127.0.0.1:5060", script, record=Path("out.wav")))
 
-SIP and media run in a media worker of its own, a separate process that shares nothing with the agent it calls. All timings are
-voiced energy on the caller's side of the wire, in milliseconds since the answer. Recording: left = caller, right = agent.
+SIP and media run in a media worker of its own, a separate process that shares nothing with the agent it calls. All
+timings are voiced energy on the caller's side of the wire, in milliseconds since the answer. Recording: left = caller,
+right = agent.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ from telephony.process import WorkerProcess
 from telephony.sip.trunk import split_uri
 
 __all__ = [
-    "BargeIn", "CallerReport", "CallerScript", "Dtmf", "Hangup", "Say", "Wait", "WaitForAgent", "play_script", "read_clip",
-    "call_once", "run_caller",
+    "BargeIn", "CallerReport", "CallerScript", "Dtmf", "Hangup", "Say", "Wait", "WaitForAgent", "play_script",
+    "read_clip", "call_once", "run_caller",
 ]  # fmt: skip
 
 RATE_HZ = 8000
@@ -98,12 +99,15 @@ async def run_caller(
 ) -> CallerReport:  # fmt: skip
     """One call from INVITE to BYE. `on_event` only looks on."""
     config = _caller_config(uri, from_user)
-    with WorkerProcess(config) as worker:  # blocks half a second; nothing else happens on this loop yet
+    worker = await asyncio.to_thread(WorkerProcess, config)
+    try:
         client = await WorkerClient.connect(worker.socket_path, config=config)
         try:
             return await _call(client, uri, script, record, from_user, display_name, max_duration_s, on_event, headers)
         finally:
             await client.close()
+    finally:
+        await asyncio.to_thread(worker.stop)
 
 
 async def _call(

@@ -1,8 +1,8 @@
 """What our own synthetic caller does in a call: a list of steps, and the state machine that walks through it.
 
-No socket, no clock: events of the caller's own leg in, actions out; time is the leg's sample counter. So a script runs the same
-against a SIP call and against a loopback leg in virtual time. Seen from the caller, the far end is "the agent": the leg's
-`caller_onset` is where the agent became audible to us.
+No socket, no clock: events of the caller's own leg in, actions out; time is the leg's sample counter. So a script runs
+the same against a SIP call and against a loopback leg in virtual time. Seen from the caller, the far end is "the
+agent": the leg's `caller_onset` is where the agent became audible to us.
 """
 
 from __future__ import annotations

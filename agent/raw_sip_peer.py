@@ -1,4 +1,5 @@
-"""A SIP peer made of one UDP socket and text: it can send what no well-behaved library would, and sees RTP as it arrives.
+"""A SIP peer made of one UDP socket and text: it can send what no well-behaved library would, and sees RTP as it
+arrives.
 
 For the media bench and the tests. Blocking; knows no transactions, no retransmission and one call. RFC 3261, RFC 4566.
 """
@@ -9,7 +10,10 @@ import re
 import socket
 import uuid
 
-SDP = "v=0\r\no=- 1 1 IN IP4 127.0.0.1\r\ns=-\r\nc=IN IP4 127.0.0.1\r\nt=0 0\r\nm=audio {port} RTP/AVP {formats}\r\n{attributes}"
+SDP = (
+    "v=0\r\no=- 1 1 IN IP4 127.0.0.1\r\ns=-\r\nc=IN IP4 127.0.0.1\r\nt=0 0\r\n"
+    "m=audio {port} RTP/AVP {formats}\r\n{attributes}"
+)
 PCMU = ("0 101", "a=rtpmap:0 PCMU/8000\r\na=rtpmap:101 telephone-event/8000\r\na=fmtp:101 0-15\r\n")
 G722_ONLY = ("9", "a=rtpmap:9 G722/8000\r\n")
 
@@ -34,7 +38,7 @@ class RawPeer:
         self._send(
             f"{method} sip:100@{host}:{port} SIP/2.0\r\n"
             f"Via: SIP/2.0/UDP 127.0.0.1:{self.port};branch=z9hG4bK{self.call_id[:10]}{transaction}{cseq};rport\r\n"
-            f"Max-Forwards: 70\r\nFrom: \"Raw <b>\" <sip:raw@127.0.0.1>;tag={self.tag}\r\n"
+            f'Max-Forwards: 70\r\nFrom: "Raw <b>" <sip:raw@127.0.0.1>;tag={self.tag}\r\n'
             f"To: <sip:100@{host}>{';tag=' + to_tag if to_tag else ''}\r\nCall-ID: {self.call_id}\r\n"
             f"CSeq: {cseq} {method}\r\nContact: <sip:raw@127.0.0.1:{self.port}>\r\n{headers}",
             body,
@@ -49,8 +53,12 @@ class RawPeer:
     def respond(self, request: str, status: str, body: str = "") -> None:
         """Answer a request with its own Via, From, To, Call-ID and CSeq."""
         copied = [line for line in request.splitlines() if re.match(r"(Via|From|To|Call-ID|CSeq):", line)]
-        copied = [f"{line};tag={self.tag}" if line.startswith("To:") and "tag=" not in line else line for line in copied]
-        self._send(f"SIP/2.0 {status}\r\n" + "\r\n".join(copied) + f"\r\nContact: <sip:raw@127.0.0.1:{self.port}>\r\n", body)
+        copied = [
+            f"{line};tag={self.tag}" if line.startswith("To:") and "tag=" not in line else line for line in copied
+        ]
+        self._send(
+            f"SIP/2.0 {status}\r\n" + "\r\n".join(copied) + f"\r\nContact: <sip:raw@127.0.0.1:{self.port}>\r\n", body
+        )
 
     def receive(self, start: str) -> str:
         """The next message that starts so; others are passed over."""

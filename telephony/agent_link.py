@@ -1,7 +1,7 @@
 """The worker's end of the Unix socket: one agent at a time, never a blocking call.
 
-Lies in a folder only we may enter (0700) and takes only peers of our own user id. Outgoing messages wait in a bounded queue; an
-agent that leaves more than `_MAX_UNSENT_BYTES` unread is treated as lost.
+Lies in a folder only we may enter (0700) and takes only peers of our own user id. Outgoing messages wait in a bounded
+queue; an agent that leaves more than `_MAX_UNSENT_BYTES` unread is treated as lost.
 """
 
 from __future__ import annotations

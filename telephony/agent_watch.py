@@ -2,7 +2,8 @@
 
     ABSENT --connected--> PRESENT --silent for agent_stall_s--> STALLED --sign of life--> PRESENT
                           PRESENT, STALLED --connection gone--> LOST --connected--> PRESENT (calls are offered again)
-                                                                LOST --agent_lost_hold_s over--> ABSENT (calls handed off)
+                                                                LOST --agent_lost_hold_s over--> ABSENT (calls handed
+                                                                off)
 
 The worker carries out the `WatchAction`s; what they mean for a call is in `worker.py`.
 """

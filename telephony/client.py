@@ -7,15 +7,15 @@
     leg = await client.place_call("sip:100@127.0.0.1:5070")  # outbound; CallRefused unless the host is configured
     await client.close()
 
-`WorkerLeg` and `loopback.LoopbackLeg` implement `telephony.leg.Leg` and share: `leg_id`, `direction` (inbound | outbound),
-`sample_rate_hz`, `is_resumed`, `state`, `send(command)`, `events()`, `set_tap(tap)`. `tap(start_sample, caller_pcm, agent_pcm)`
-is given both directions, the same samples, as really received and really sent (silence included): for recorder and monitor.
-A resumed leg's `played_before` says how many samples of each old item were heard; the worker's apology may still be playing:
-`Flush()` ends it. After `Flush`, late `Play` chunks of a flushed item are dropped: use a new item_id. `Flush(item_id="x")`
-is always answered.
+`WorkerLeg` and `loopback.LoopbackLeg` implement `telephony.leg.Leg` and share: `leg_id`, `direction` (inbound |
+outbound), `sample_rate_hz`, `is_resumed`, `state`, `send(command)`, `events()`, `set_tap(tap)`. `tap(start_sample,
+caller_pcm, agent_pcm)` is given both directions, the same samples, as really received and really sent (silence
+included): for recorder and monitor. A resumed leg's `played_before` says how many samples of each old item were heard;
+the worker's apology may still be playing: `Flush()` ends it. After `Flush`, late `Play` chunks of a flushed item are
+dropped: use a new item_id. `Flush(item_id="x")` is always answered.
 
-Runs on the agent's event loop. Nothing here is in the media path: what has been sent with `Play` is played by the worker however
-long this loop is stuck.
+Runs on the agent's event loop. Nothing here is in the media path: what has been sent with `Play` is played by the
+worker however long this loop is stuck.
 """
 
 from __future__ import annotations
@@ -196,7 +196,8 @@ class WorkerLeg:
             self._close_item(event.item_id)
 
     def _account_for(self, command: Play) -> Play:
-        """Refuse what would make more than `max_unplayed_s` wait. Progress is reported late, so we err on the safe side."""
+        """Refuse what would make more than `max_unplayed_s` wait. Progress is reported late, so we err on the safe
+        side."""
         num_samples = len(command.pcm) // 2
         waiting = sum(self._unplayed.values())
         if waiting + num_samples > self._max_unplayed:
@@ -242,7 +243,8 @@ class WorkerClient:
     async def connect(
         cls, socket_path: Path | str, timeout_s: float = 10.0, config: TelephonyConfig | None = None
     ) -> WorkerClient:
-        """WorkerLost when no worker greets us in time. A worker that still holds a dead agent's socket is asked again."""
+        """WorkerLost when no worker greets us in time. A worker that still holds a dead agent's socket is asked
+        again."""
         deadline_s = time.monotonic() + timeout_s
         while True:
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -285,7 +287,9 @@ class WorkerClient:
         leg_id = uuid.uuid4().hex[:16]
         waiting: asyncio.Future[WorkerLeg] = asyncio.get_running_loop().create_future()
         self._placing[leg_id] = waiting
-        self.send(PlaceCall(leg_id=leg_id, uri=uri, from_user=from_user, display_name=display_name, headers=headers or {}))
+        self.send(
+            PlaceCall(leg_id=leg_id, uri=uri, from_user=from_user, display_name=display_name, headers=headers or {})
+        )
         try:
             return await waiting
         finally:

@@ -32,8 +32,8 @@ class TelephonyConfig:
     """First UDP port of RTP; 0 = a free range chosen at start."""
 
     max_calls: int = 3
-    """Calls at once in one worker. The pjsua2 wheel holds 4 and refuses by itself with 486, so stay below it: then it is
-    we who answer 503 with Retry-After."""
+    """Calls at once in one worker. The pjsua2 wheel holds 4 and refuses by itself with 486, so stay below it: then it
+    is we who answer 503 with Retry-After."""
 
     retry_after_s: int = 5
     """Retry-After of our 503 (RFC 3261 §20.33)."""
@@ -66,7 +66,8 @@ class TelephonyConfig:
     """No final NOTIFY after a REFER for so long counts as 408."""
 
     rtp_timeout_s: float = 30.0
-    """A confirmed call whose party sends no RTP for so long (and is not on hold) is ended, cause media_timeout; 0 = never."""
+    """A confirmed call whose party sends no RTP for so long (and is not on hold) is ended, cause media_timeout; 0 =
+    never."""
 
     apology_wav: str = ""
     """16-bit mono WAV played to callers whose agent died or stalled; read at start. Empty = silence."""
@@ -143,7 +144,8 @@ class TelephonyConfig:
         ranges: dict[str, tuple[float, float]] = {
             "sip_port": (0, 65535), "rtp_port_first": (0, 65000), "max_calls": (1, 512), "retry_after_s": (0, 3600),
             "answer_timeout_s": (0.1, 180), "no_answer_timeout_s": (1, 600), "refer_timeout_s": (0.1, 180),
-            "rtp_timeout_s": (0, 3600), "agent_lost_hold_s": (0, 120), "agent_stall_s": (0.5, 120), "drain_s": (0, 3600),
+            "rtp_timeout_s": (0, 3600), "agent_lost_hold_s": (0, 120), "agent_stall_s": (0.5, 120),
+            "drain_s": (0, 3600),
             "max_unplayed_s": (1, 120), "progress_ms": (10, 100), "duck_ramp_ms": (0, 200), "vad_mode": (0, 3),
             "vad_min_dbov": (-90, 0), "vad_onset_ms": (10, 500), "vad_onset_window_ms": (10, 1000),
             "vad_hangover_ms": (0, 2000), "echo_max_delay_ms": (0, 1000), "wire_voiced_dbov": (-90, 0),
@@ -156,7 +158,9 @@ class TelephonyConfig:
         if self.ptime_ms not in PTIMES_MS:
             raise refusal("ptime_ms", self.ptime_ms, "must be 10, 20, 30 or 40")
         if self.vad_onset_window_ms < self.vad_onset_ms:
-            raise refusal("vad_onset_window_ms", self.vad_onset_window_ms, f"must be at least vad_onset_ms ({self.vad_onset_ms})")
+            raise refusal(
+                "vad_onset_window_ms", self.vad_onset_window_ms, f"must be at least vad_onset_ms ({self.vad_onset_ms})"
+            )
 
     def _check_codecs(self) -> None:
         if not self.codecs or any(codec not in CODECS for codec in self.codecs):
@@ -174,7 +178,9 @@ class TelephonyConfig:
             except ValueError:
                 raise refusal("allowed_sources", source, "must be networks such as 192.0.2.0/24") from None
         if not bind.is_loopback and not self.allowed_sources:
-            raise refusal("sip_bind", self.sip_bind, "must be a loopback address unless telephony.allowed_sources is set")
+            raise refusal(
+                "sip_bind", self.sip_bind, "must be a loopback address unless telephony.allowed_sources is set"
+            )
         if self.handoff_uri and not self.handoff_uri.startswith(("sip:", "sips:", "tel:")):
             raise refusal("handoff_uri", self.handoff_uri, "must start with sip:, sips: or tel:")
 

@@ -1,9 +1,9 @@
 """Residual-echo gate: is this piece of caller audio only our own voice coming back?
 
-It compares what came in with what was really sent (ducked, paused and flushed as it was) over the last `echo_max_delay_ms`: a
-line echo is a quieter, delayed copy, so somewhere in that window the two correlate strongly. It decides, it does not
-subtract: under double talk the correlation falls and the frame counts as the caller's. A full echo canceller, and echo that
-a speakerphone has distorted, are not handled here. Walk: hop 2.
+It compares what came in with what was really sent (ducked, paused and flushed as it was) over the last
+`echo_max_delay_ms`: a line echo is a quieter, delayed copy, so somewhere in that window the two correlate strongly. It
+decides, it does not subtract: under double talk the correlation falls and the frame counts as the caller's. A full
+echo canceller, and echo that a speakerphone has distorted, are not handled here. Walk: hop 2.
 """
 
 from __future__ import annotations
@@ -53,10 +53,12 @@ class EchoGate:
 
 def _shift_in(history: np.ndarray, pcm: bytes) -> np.ndarray:
     new = np.frombuffer(pcm, "<i2").astype(np.float32)
-    return np.concatenate([history, new])[-len(history) :]
+    shifted: np.ndarray = np.concatenate([history, new])[-len(history) :]
+    return shifted
 
 
 def _window_power(samples: np.ndarray, window: int) -> np.ndarray:
     """Mean square of every window of `window` samples."""
     total = np.concatenate([[0.0], np.cumsum(samples.astype(np.float64) ** 2)])
-    return (total[window:] - total[:-window]) / window
+    power: np.ndarray = (total[window:] - total[:-window]) / window
+    return power

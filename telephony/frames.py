@@ -1,6 +1,8 @@
-"""From samples of the wire to `AudioFrame`: echo gate, voice activity, tap (walk: hops 2 and 3; tap: recorder, monitor).
+"""From samples of the wire to `AudioFrame`: echo gate, voice activity, tap (walk: hops 2 and 3; tap: recorder,
+monitor).
 
-Shared by the worker's client and the loopback leg, so scenario tests hear the caller through the same code as a call does.
+Shared by the worker's client and the loopback leg, so scenario tests hear the caller through the same code as a call
+does.
 """
 
 from __future__ import annotations

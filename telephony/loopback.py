@@ -1,8 +1,8 @@
 """A leg in memory, driven in virtual time: the same contract as a call over SIP, without network, thread or clock.
 
-Maintained product code: scenario tests, the lab and replay talk to the agent through it. The far end (the caller) is played by
-the methods `ring speak press hang_up cancel hold`; between two `advance` calls no sample passes. Agent audio goes through
-the same play-out, resampler, echo gate, voice activity and wire metrics as on the wire.
+Maintained product code: scenario tests, the lab and replay talk to the agent through it. The far end (the caller) is
+played by the methods `ring speak press hang_up cancel hold`; between two `advance` calls no sample passes. Agent audio
+goes through the same play-out, resampler, echo gate, voice activity and wire metrics as on the wire.
 """
 
 from __future__ import annotations
@@ -177,8 +177,8 @@ class LoopbackLeg:
 
     def _tick(self, num_samples: int) -> None:
         while self._commands:
-            for event in self._playout.apply(self._commands.popleft()):
-                self._emit(event)
+            for flushed in self._playout.apply(self._commands.popleft()):
+                self._emit(flushed)
         start_sample = self.sample
         sent, events = self._playout.pull(num_samples, self._is_held)
         self._heard += sent

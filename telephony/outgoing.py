@@ -28,7 +28,11 @@ class OutgoingAudio:
             pcm += resampler.finish()
             self.forget(command.item_id)
         return Play(
-            leg_id=command.leg_id, item_id=command.item_id, pcm=pcm, sample_rate_hz=self._rate, is_final=command.is_final
+            leg_id=command.leg_id,
+            item_id=command.item_id,
+            pcm=pcm,
+            sample_rate_hz=self._rate,
+            is_final=command.is_final,
         )
 
     def forget(self, item_id: str = "") -> None:

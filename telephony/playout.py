@@ -1,12 +1,13 @@
 """Play-out of one leg: items in, exactly as many samples out as the wire asks for, and the truth about what was played.
 
-Pulled by the wire: the media callback (or the loopback's virtual clock) takes its next samples, so nothing is ever ahead of
-the wire but the frame just handed over, and flush, pause, resume and duck act on the exact next sample. The agent may
-queue up to `max_unplayed_s` beforehand; a stuck agent therefore delays nothing that it has already said.
-No clock, no thread, no socket: time is the number of samples pulled (walk: hops 12 and 13).
+Pulled by the wire: the media callback (or the loopback's virtual clock) takes its next samples, so nothing is ever
+ahead of the wire but the frame just handed over, and flush, pause, resume and duck act on the exact next sample. The
+agent may queue up to `max_unplayed_s` beforehand; a stuck agent therefore delays nothing that it has already said. No
+clock, no thread, no socket: time is the number of samples pulled (walk: hops 12 and 13).
 
-Items play one after another in the order they were first named. An item whose last chunk was not given yet holds its place:
-silence leaves until more arrives, later items wait. A flushed item is closed: chunks that come late are dropped.
+Items play one after another in the order they were first named. An item whose last chunk was not given yet holds its
+place: silence leaves until more arrives, later items wait. A flushed item is closed: chunks that come late are
+dropped.
 """
 
 from __future__ import annotations
@@ -99,7 +100,9 @@ class Playout:
     def check_room(self, item_id: str, num_samples: int) -> None:
         """LegError when `num_samples` more would make over `max_unplayed_s` wait."""
         if self.unplayed_samples + num_samples > self._max_unplayed_samples:
-            raise LegError(f"Play {item_id!r}: {self.unplayed_samples} samples unplayed, at most {self._max_unplayed_samples}")
+            raise LegError(
+                f"Play {item_id!r}: {self.unplayed_samples} samples unplayed, at most {self._max_unplayed_samples}"
+            )
 
     def play(self, item_id: str, pcm: bytes, is_final: bool = False) -> None:
         """Append int16 mono at the leg's rate. LegError when more than `max_unplayed_s` would wait."""
@@ -167,7 +170,9 @@ class Playout:
 
     def final_progress(self) -> list[PlayoutProgress]:
         """Where the unfinished items stood when the leg ended."""
-        return [self._progress(name, item, is_finished=False) for name, item in self._items.items() if item.played_samples]
+        return [
+            self._progress(name, item, is_finished=False) for name, item in self._items.items() if item.played_samples
+        ]
 
     @property
     def is_idle(self) -> bool:
@@ -177,7 +182,9 @@ class Playout:
 
     def _progress(self, item_id: str, item: _Item, is_finished: bool) -> PlayoutProgress:
         self._reported_at = self.sample
-        return PlayoutProgress(leg_id=self._leg_id, item_id=item_id, played_samples=item.played_samples, is_finished=is_finished)
+        return PlayoutProgress(
+            leg_id=self._leg_id, item_id=item_id, played_samples=item.played_samples, is_finished=is_finished
+        )
 
     def _close(self, item_id: str) -> Flushed:
         item = self._items[item_id]
@@ -209,7 +216,7 @@ class Playout:
             self._note_ducking(gains, events)
             self._gain = float(gains[-1])
         samples = np.frombuffer(pcm, "<i2") * gains
-        return np.rint(samples).astype("<i2").tobytes()
+        return bytes(np.rint(samples).astype("<i2").tobytes())
 
     def _note_ducking(self, gains: np.ndarray, events: list[LegEvent]) -> None:
         threshold = max(_DUCKED_GAIN, self._target_gain)  # a shallow duck counts when its ramp ends

@@ -1,8 +1,8 @@
 """Ask the kernel to run the media worker before everything else that is busy on the machine.
 
 The worker uses little CPU but must be on time every 20 ms while the engine keeps every core busy. With the right
-(CAP_SYS_NICE or an rtprio limit): SCHED_RR. Without it, on Linux 6.12 and later: a short time slice, which brings an earlier
-deadline in the EEVDF scheduler and needs no privilege. Threads started later inherit it, so call it first.
+(CAP_SYS_NICE or an rtprio limit): SCHED_RR. Without it, on Linux 6.12 and later: a short time slice, which brings an
+earlier deadline in the EEVDF scheduler and needs no privilege. Threads started later inherit it, so call it first.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Start and stop a media worker as a child process: for our own SIP caller, benches, tests and small parents.
 
-Knows the worker's command line and its ready line, nothing of calls. Blocks for the half second a worker needs to start. The
-socket lies in a private folder that goes away with the process.
+Knows the worker's command line and its ready line, nothing of calls. Blocks for the half second a worker needs to
+start. The socket lies in a private folder that goes away with the process.
 """
 
 from __future__ import annotations

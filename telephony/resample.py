@@ -1,7 +1,7 @@
 """Streaming sample-rate conversion with the filter state kept (walk: hops 5 and 12).
 
-libswresample through PyAV: measured 1.2-1.4 ms of CPU per second of audio and at most 2 ms withheld between two calls, where
-block resamplers hold back up to 115 ms. One object per stream of audio; `finish` gives the withheld rest.
+libswresample through PyAV: measured 1.2-1.4 ms of CPU per second of audio and at most 2 ms withheld between two calls,
+where block resamplers hold back up to 115 ms. One object per stream of audio; `finish` gives the withheld rest.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import numpy as np
 
 
 class StreamResampler:
-    """int16 mono in, int16 mono out. In all, `n` samples in give `round(n * to_hz / from_hz)` out, to within 2 samples."""
+    """int16 mono in, int16 mono out. In all, `n` samples in give `round(n * to_hz / from_hz)` out, to within 2
+    samples."""
 
     def __init__(self, from_hz: int, to_hz: int) -> None:
         if from_hz <= 0 or to_hz <= 0:

@@ -1,8 +1,9 @@
 """Shared-memory rings between a media worker and the agent: one byte ring per direction, one writer, one reader each.
 
-A ring carries whole records (a kind and a payload). Neither side ever waits for the other: a full ring refuses the record
-and says so, an empty one returns nothing. The media callback therefore never blocks on a stuck agent (walk: hops 1 and 13).
-The memory is an anonymous memfd handed over the Unix socket, so nothing is left behind when a process is killed.
+A ring carries whole records (a kind and a payload). Neither side ever waits for the other: a full ring refuses the
+record and says so, an empty one returns nothing. The media callback therefore never blocks on a stuck agent (walk:
+hops 1 and 13). The memory is an anonymous memfd handed over the Unix socket, so nothing is left behind when a process
+is killed.
 
 Positions are 64-bit counters that only grow; each is written by one side only, as one aligned store. On x86-64 (the one
 supported architecture) stores are seen in program order, so payload before position is enough and no lock is needed.
@@ -43,7 +44,9 @@ class ByteRing:
         if is_new:
             self._magic.value, self._capacity.value = _MAGIC, capacity_bytes
         if self._magic.value != _MAGIC or self._capacity.value != capacity_bytes:
-            raise ValueError(f"not a ring of {capacity_bytes} bytes (magic {self._magic.value:#x}, {self._capacity.value} bytes)")
+            raise ValueError(
+                f"not a ring of {capacity_bytes} bytes (magic {self._magic.value:#x}, {self._capacity.value} bytes)"
+            )
 
     def _cell(self, offset: int) -> ctypes.c_uint64:
         return ctypes.c_uint64.from_buffer(self._memory, offset)

@@ -1,7 +1,7 @@
 """Which command is legal in which state of a leg: one table for every kind of leg.
 
-States are pjsip's INVITE session states (RFC 3261 §13, §15). A missing entry is a `LegError` that names command and state.
-Play-out commands are legal before the answer: they wait, and nothing is played until CONFIRMED.
+States are pjsip's INVITE session states (RFC 3261 §13, §15). A missing entry is a `LegError` that names command and
+state. Play-out commands are legal before the answer: they wait, and nothing is played until CONFIRMED.
 """
 
 from __future__ import annotations

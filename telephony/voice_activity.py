@@ -1,7 +1,7 @@
 """Is the caller speaking in this frame: WebRTC voice activity, an energy floor, a debounced onset and a hangover.
 
-Decides frame by frame without delaying audio, so it knows nothing of what comes next; whoever needs the beginning of a word
-keeps a pre-roll (`pre_roll_samples` says how much the onset decision may have cost). Walk: hop 2, after echo.
+Decides frame by frame without delaying audio, so it knows nothing of what comes next; whoever needs the beginning of a
+word keeps a pre-roll (`pre_roll_samples` says how much the onset decision may have cost). Walk: hop 2, after echo.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ class VoiceActivity:
         self._vad = webrtcvad.Vad(config.vad_mode)
         self._min_dbov = config.vad_min_dbov
         self._onset_frames = max(1, config.vad_onset_ms // _VAD_FRAME_MS)
-        self._window: deque[bool] = deque(maxlen=max(1, config.vad_onset_window_ms // _VAD_FRAME_MS))
+        window_frames = max(1, config.vad_onset_window_ms // _VAD_FRAME_MS)
+        self._window: deque[bool] = deque(maxlen=window_frames)
         self._hangover_frames = config.vad_hangover_ms // _VAD_FRAME_MS
         self._unvoiced_frames = 0
         self._rest = b""
         self.is_voiced = False
-        self.pre_roll_samples = self._window.maxlen * self._rate * _VAD_FRAME_MS // 1000
+        self.pre_roll_samples = window_frames * self._rate * _VAD_FRAME_MS // 1000
 
     def push(self, pcm: bytes, is_echo: bool = False) -> bool:
         """True while the caller speaks. `is_echo`: the frame is our own voice coming back, so it is not speech."""

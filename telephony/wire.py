@@ -1,8 +1,8 @@
 """What crosses the Unix socket between the agent and a media worker, besides the Leg contract itself.
 
 Each message is msgpack behind a 4-byte big-endian length. `LegOpened` carries two file descriptors (SCM_RIGHTS): the
-rings' memory and an eventfd the worker signals when `to_agent` has something. Sample data and play-out commands go through
-the rings, signalling through here.
+rings' memory and an eventfd the worker signals when `to_agent` has something. Sample data and play-out commands go
+through the rings, signalling through here.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class Hello(_WireMessage, frozen=True):
 
 
 class LegOpened(_WireMessage, frozen=True):
-    """A leg exists, and these are its rings. `is_resumed`: it outlived another agent; `played` tells what that one said."""
+    """A leg exists, and these are its rings. `is_resumed`: it outlived another agent; `played` tells what that one
+    said."""
 
     leg_id: str
     direction: str  # inbound | outbound
@@ -98,14 +99,21 @@ class Alive(_WireMessage, frozen=True):
 
 
 ToAgent = (
-    Hello | LegOpened | CommandRefused | LegIncoming | LegStateChanged | DtmfReceived | ReferResult | PlayoutProgress
+    Hello
+    | LegOpened
+    | CommandRefused
+    | LegIncoming
+    | LegStateChanged
+    | DtmfReceived
+    | ReferResult
+    | PlayoutProgress
     | LegDisconnected
 )
 ToWorker = PlaceCall | SendDtmf | Alive | Answer | Reject | Hangup | Refer
 
 _encoder = msgspec.msgpack.Encoder()
-_to_agent = msgspec.msgpack.Decoder(ToAgent)
-_to_worker = msgspec.msgpack.Decoder(ToWorker)
+_to_agent: msgspec.msgpack.Decoder[ToAgent] = msgspec.msgpack.Decoder(ToAgent)
+_to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
 ring_events = msgspec.msgpack.Decoder(LegEvent)
 ring_commands = msgspec.msgpack.Decoder(Play | Flush | Duck | Pause | Resume)
 

@@ -1,8 +1,10 @@
-"""When did either party become audible or silent: voiced energy in what crossed the wire, in samples of the leg's clock.
+"""When did either party become audible or silent: voiced energy in what crossed the wire, in samples of the leg's
+clock.
 
-Runs in the media worker on exactly the samples that pjsip decoded and was given, before anything else looks at them, so no
-figure depends on the model's, the agent's or the engine's own timers. What it does not know: the caller's jitter buffer and
-codec delay (the received direction is later than the socket by the depth of the jitter buffer, which pjsip keeps adaptive).
+Runs in the media worker on exactly the samples that pjsip decoded and was given, before anything else looks at them,
+so no figure depends on the model's, the agent's or the engine's own timers. What it does not know: the caller's jitter
+buffer and codec delay (the received direction is later than the socket by the depth of the jitter buffer, which pjsip
+keeps adaptive).
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ class VoicedEnergyMeter:
         if not num_blocks:
             return []
         used = num_blocks * self._block_samples
-        blocks = np.frombuffer(self._rest, "<i2", count=used).reshape(num_blocks, self._block_samples).astype(np.float32)
+        blocks = (
+            np.frombuffer(self._rest, "<i2", count=used).reshape(num_blocks, self._block_samples).astype(np.float32)
+        )
         self._rest = self._rest[2 * used :]
         metrics = []
         for power in np.mean(blocks * blocks, axis=1).tolist():

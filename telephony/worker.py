@@ -1,10 +1,12 @@
-"""The media worker process: pjsua2 on one side, the agent's socket and rings on the other; SIP and media and nothing else.
+"""The media worker process: pjsua2 on one side, the agent's socket and rings on the other; SIP and media and nothing
+else.
 
     python -m telephony.worker --socket DIR/media.sock [--config JSON | --config-file FILE] [--parent-pid PID]
 
 Prints one JSON line on stdout when it takes calls: {"ready": true, "sip_address": …, "sip_port": …, "max_calls": …, …}.
-SIGTERM: no new calls, wait for the last (at most drain_s), exit; a second SIGTERM, or a parent that is gone: BYE at once and exit
-within 5 s. The agent's death ends no call (agent_watch.py). One loop; time enters here and is handed down.
+SIGTERM: no new calls, wait for the last (at most drain_s), exit; a second SIGTERM, or a parent that is gone: BYE at
+once and exit within 5 s. The agent's death ends no call (agent_watch.py). One loop; time enters here and is handed
+down.
 """
 
 from __future__ import annotations
@@ -225,7 +227,8 @@ class Worker:
         if self._apology and leg.state is LegState.CONFIRMED:
             item_id = f"{APOLOGY_ITEM}-{self._now_s:.3f}"
             leg.port.local_commands.append(Play(
-                leg_id=leg.leg_id, item_id=item_id, pcm=self._apology, sample_rate_hz=self.config.sample_rate_hz, is_final=True
+                leg_id=leg.leg_id, item_id=item_id, pcm=self._apology, sample_rate_hz=self.config.sample_rate_hz,
+                is_final=True,
             ))  # fmt: skip
 
     def _give_up(self, leg: SipLeg) -> None:

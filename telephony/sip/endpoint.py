@@ -129,7 +129,8 @@ class SipEndpoint:
         self._bury(now_s)
 
     def _bury(self, now_s: float) -> None:
-        """Free finished legs. pjsua2's destructor of a Call acts on its slot number, so never while a new call has the slot."""
+        """Free finished legs. pjsua2's destructor of a Call acts on its slot number, so never while a new call has the
+        slot."""
         in_use = {leg.getId() for leg in (*self.legs.values(), *self._refused.values())}
         self._buried = [(at_s, leg) for at_s, leg in self._buried if at_s > now_s or leg.getId() in in_use]
 
@@ -143,7 +144,9 @@ class SipEndpoint:
     # ------------------------------------------------------------------- calls
 
     def on_invite(self, prm: pj.OnIncomingCallParam) -> None:
-        leg = SipLeg(self._account, self.config, uuid.uuid4().hex[:16], "inbound", self._on_leg, self._playback, prm.callId)
+        leg = SipLeg(
+            self._account, self.config, uuid.uuid4().hex[:16], "inbound", self._on_leg, self._playback, prm.callId
+        )
         source = prm.rdata.srcAddress
         status = self._admission() if is_allowed_source(source, self.config) else 403
         if status:
@@ -173,7 +176,9 @@ class SipEndpoint:
         param.opt.audioCount, param.opt.videoCount = 1, 0
         if request.from_user or request.display_name:
             name = clean(request.display_name).replace('"', "").replace("\\", "")
-            user = "".join(char for char in request.from_user if char.isalnum() or char in "+-_.") or self.config.from_user
+            user = (
+                "".join(char for char in request.from_user if char.isalnum() or char in "+-_.") or self.config.from_user
+            )
             param.txOption.localUri = f'"{name}" <{self._uri(user)}>' if name else f"<{self._uri(user)}>"
         for key, value in request.headers.items():
             header = pj.SipHeader()
@@ -206,7 +211,8 @@ class SipEndpoint:
 
 
 def _library_capacity() -> int:
-    """How many calls this build of pjsua2 holds (the wheel: 4); asked of the library itself, pjsua2 has no call for it."""
+    """How many calls this build of pjsua2 holds (the wheel: 4); asked of the library itself, pjsua2 has no call for
+    it."""
     module = sys.modules.get("_pjsua2") or sys.modules.get("pjsua2._pjsua2")
     library = ctypes.CDLL(getattr(module, "__file__", None))
     return int(library.pjsua_call_get_max_count())

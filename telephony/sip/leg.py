@@ -1,7 +1,7 @@
 """One SIP dialog as a leg: pjsua2's callbacks become LegEvents, LegCommands become SIP (RFC 3261).
 
-Lives in a media worker and on its main thread only; sample data is `sip/media_port.py`'s. Knows no agent and no socket: it
-tells a `sink`. The media port runs from CONFIRMED to the end, on hold too, because it is the leg's clock.
+Lives in a media worker and on its main thread only; sample data is `sip/media_port.py`'s. Knows no agent and no
+socket: it tells a `sink`. The media port runs from CONFIRMED to the end, on hold too, because it is the leg's clock.
 """
 
 from __future__ import annotations
@@ -119,7 +119,9 @@ class SipLeg(pj.Call):
         self._cause = cause
         if not self.isActive():  # the party ended it this very moment; pjsip tells us next
             return
-        self.hangup(_call_param(_DECLINE if self.direction == "inbound" and self.state is not LegState.CONFIRMED else 0))
+        self.hangup(
+            _call_param(_DECLINE if self.direction == "inbound" and self.state is not LegState.CONFIRMED else 0)
+        )
 
     def on_time(self, now_s: float) -> None:
         """Deadlines: the answer, the REFER's outcome, and a party whose RTP stopped."""
@@ -227,7 +229,11 @@ class SipLeg(pj.Call):
             return LegDisconnected(leg_id=self.leg_id, cause=self._cause, sip_status=sip_status, by=by)
         if was_confirmed and sip_status < 300:
             return LegDisconnected(leg_id=self.leg_id, cause=Cause.NORMAL, sip_status=sip_status, by="caller")
-        by = "network" if sip_status in _NETWORK_STATUSES and (was_confirmed or self.direction == "outbound") else "caller"
+        by = (
+            "network"
+            if sip_status in _NETWORK_STATUSES and (was_confirmed or self.direction == "outbound")
+            else "caller"
+        )
         cause = Cause.NETWORK_ERROR if was_confirmed and by == "network" else cause_of_status(sip_status)
         return LegDisconnected(leg_id=self.leg_id, cause=cause, sip_status=sip_status, by=by)
 

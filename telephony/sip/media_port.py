@@ -1,9 +1,10 @@
-"""pjsua2's media callback of one leg: 20 ms out of play-out, 20 ms into the shared-memory ring, nothing else (hops 1 and 13).
+"""pjsua2's media callback of one leg: 20 ms out of play-out, 20 ms into the shared-memory ring, nothing else (hops 1
+and 13).
 
-Runs on pjmedia's clock thread, which every call of the process shares: no I/O, no lock, no wait, no logging in the normal
-path. Each tick pjmedia first asks for our samples, then gives us the party's; both together are one tick of the leg clock.
-The samples are copied by ctypes because SWIG's own copies cost 10 to 200 times as much; that depends on libstdc++'s vector
-layout, which `check_frame_copy` proves at start.
+Runs on pjmedia's clock thread, which every call of the process shares: no I/O, no lock, no wait, no logging in the
+normal path. Each tick pjmedia first asks for our samples, then gives us the party's; both together are one tick of the
+leg clock. The samples are copied by ctypes because SWIG's own copies cost 10 to 200 times as much; that depends on
+libstdc++'s vector layout, which `check_frame_copy` proves at start.
 """
 
 from __future__ import annotations

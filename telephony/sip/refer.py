@@ -1,4 +1,5 @@
-"""REFER (RFC 3515): ours goes out blind and is followed to its final NOTIFY; theirs, and Replaces (RFC 3891), are refused.
+"""REFER (RFC 3515): ours goes out blind and is followed to its final NOTIFY; theirs, and Replaces (RFC 3891), are
+refused.
 
 Plain state, told by `sip/leg.py` what pjsip reports; time is an argument.
 """
@@ -10,7 +11,9 @@ import re
 from telephony.leg import ReferResult
 
 INBOUND_REFER_STATUS = 603  # Decline: an inbound REFER or Replaces changes nothing about the call
-_SAFE_TARGET = re.compile(r'^[\x21\x23-\x3b\x3d\x3f-\x7e]{1,512}$')  # printable, without space, quotes and angle brackets
+_SAFE_TARGET = re.compile(
+    r"^[\x21\x23-\x3b\x3d\x3f-\x7e]{1,512}$"
+)  # printable, without space, quotes and angle brackets
 
 
 def check_refer_to(refer_to: str) -> None:

@@ -1,7 +1,7 @@
 """With whom we exchange INVITEs: sources that may call us, hosts we may call, and reading the headers of either.
 
-Pure text and address arithmetic, no pjsip. Closed by default: loopback only, both ways. Everything read here is the peer's
-claim (RFC 3261 §7.3); values are cut, and control characters never pass.
+Pure text and address arithmetic, no pjsip. Closed by default: loopback only, both ways. Everything read here is the
+peer's claim (RFC 3261 §7.3); values are cut, and control characters never pass.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The agents that real SIP peers call in the live tests, and the sound that is recognised on both sides.
 
-`tone_agent` is a media worker with the smallest agent that speaks and listens; it needs no model. Used by test_baresip.py and test_sipp.py.
+`tone_agent` is a media worker with the smallest agent that speaks and listens; it needs no model. Used by
+test_baresip.py and test_sipp.py.
 """
 
 from __future__ import annotations

@@ -92,7 +92,8 @@ def sipp(folder: Path, address: str, pause_ms: int, media: str = "", options: tu
     (folder / "scenario.xml").write_text(SCENARIO.format(media=media, pause_ms=pause_ms))
     command = [
         "sipp", address, "-sf", str(folder / "scenario.xml"), "-s", "100", "-i", "127.0.0.1", "-p", str(free_port()),
-        "-mp", str(free_port()), "-nostdin", "-timeout", "30", "-trace_err", "-error_file", str(folder / "errors"), *options,
+        "-mp", str(free_port()), "-nostdin", "-timeout", "30", "-trace_err",
+        "-error_file", str(folder / "errors"), *options,
     ]  # fmt: skip
     process = subprocess.Popen(
         command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

@@ -1,4 +1,5 @@
-"""The two rigs of the contract suite: a loopback leg in virtual time, and a worker's leg called by a second worker over SIP.
+"""The two rigs of the contract suite: a loopback leg in virtual time, and a worker's leg called by a second worker
+over SIP.
 
 A rig plays the far end and collects the events of the leg under test; the suite does not see which one it has.
 """
@@ -51,7 +52,9 @@ class Rig:
             if value := condition():
                 return value
             await self.run(160)
-        raise AssertionError(f"not within {limit_s} s; events: {[e for e in self.events if not isinstance(e, AudioFrame)]}")
+        raise AssertionError(
+            f"not within {limit_s} s; events: {[e for e in self.events if not isinstance(e, AudioFrame)]}"
+        )
 
     async def answer(self) -> None:
         await self.leg.send(Answer(leg_id=self.leg.leg_id))
@@ -77,7 +80,7 @@ class LoopbackRig(Rig):
 
     async def run(self, num_samples: int) -> None:
         self.leg.advance(num_samples)
-        while self.leg._events:  # let the collector catch up
+        while self.leg._events:  # noqa: ASYNC110 - let the collector catch up
             await asyncio.sleep(0)
 
     async def far_speaks(self, pcm: bytes) -> None:
@@ -122,7 +125,9 @@ class WorkerRig(Rig):
         await asyncio.sleep(num_samples / RATE)
 
     async def far_speaks(self, pcm: bytes) -> None:
-        await self._far.send(Play(leg_id=self._far.leg_id, item_id="speech", pcm=pcm, sample_rate_hz=RATE, is_final=True))
+        await self._far.send(
+            Play(leg_id=self._far.leg_id, item_id="speech", pcm=pcm, sample_rate_hz=RATE, is_final=True)
+        )
 
     async def far_presses(self, digits: str) -> None:
         await self._far.send_dtmf(digits)

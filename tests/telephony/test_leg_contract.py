@@ -1,4 +1,5 @@
-"""What every leg promises (telephony/leg.py), on the loopback in process and on a media worker over socket, ring and SIP."""
+"""What every leg promises (telephony/leg.py), on the loopback in process and on a media worker over socket, ring and
+SIP."""
 
 from __future__ import annotations
 

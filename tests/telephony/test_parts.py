@@ -1,4 +1,5 @@
-"""The pure parts alone: play-out arithmetic, rings, resampler, echo gate, voice activity, trunk rules, settings, causes, watch."""
+"""The pure parts alone: play-out arithmetic, rings, resampler, echo gate, voice activity, trunk rules, settings,
+causes, watch."""
 
 from __future__ import annotations
 
@@ -180,7 +181,11 @@ def test_wire_meter_ignores_steady_noise_and_finds_speech_in_it():
     meter = VoicedEnergyMeter("leg", "caller", CONFIG)
     signal = noise(4, 20.0, 400)
     signal[15 * RATE : 16 * RATE] *= 12
-    found = [metric for at in range(0, len(signal), 160) for metric in meter.push(signal[at : at + 160].astype("<i2").tobytes())]
+    found = [
+        metric
+        for at in range(0, len(signal), 160)
+        for metric in meter.push(signal[at : at + 160].astype("<i2").tobytes())
+    ]
     late = [metric for metric in found if metric.sample > 14 * RATE]
     assert [metric.kind for metric in late] == ["caller_onset", "caller_offset"]
     assert abs(late[0].sample - 15 * RATE) <= 160
@@ -194,7 +199,8 @@ def test_only_configured_hosts_can_be_called():
     check_outbound("sip:100@trunk.example", config)
     check_outbound("sip:100@127.0.0.1:5070", config)
     for uri in (
-        "sip:100@127.0.0.1:5071", "sip:100@other.example", "sip:a@trunk.example\r\nEvil: 1", "sip:a@evil.example@trunk.example",
+        "sip:100@127.0.0.1:5071", "sip:100@other.example", "sip:a@trunk.example\r\nEvil: 1",
+        "sip:a@evil.example@trunk.example",
         "tel:+39", "sip:a@trunk.example?Replaces=x", "<sip:100@trunk.example>", "sips:100@trunk.example", "",
     ):  # fmt: skip
         with pytest.raises(TrunkRefused):
@@ -225,7 +231,9 @@ def test_caller_is_read_from_any_from_header(value, expected):
 
 
 def test_invite_with_folded_and_hostile_headers_is_read():
-    uri, headers = read_invite("INVITE sip:100@h SIP/2.0\r\nSubject: a\r\n  b\r\nX: \x00\x1b[31m" + "y" * 900 + "\r\n\r\nbody")
+    uri, headers = read_invite(
+        "INVITE sip:100@h SIP/2.0\r\nSubject: a\r\n  b\r\nX: \x00\x1b[31m" + "y" * 900 + "\r\n\r\nbody"
+    )
     assert uri == "sip:100@h" and headers["Subject"] == "a b"
     assert len(headers["X"]) <= 512 and headers["X"].isprintable()
     assert read_invite("") == ("", {})
@@ -259,7 +267,11 @@ def test_refer_is_reported_once_with_its_final_outcome():
 
 
 def test_every_status_has_a_cause():
-    assert cause_of_status(486) == "busy" and cause_of_status(488) == "no_common_codec" and cause_of_status(603) == "rejected"
+    assert (
+        cause_of_status(486) == "busy"
+        and cause_of_status(488) == "no_common_codec"
+        and cause_of_status(603) == "rejected"
+    )
     assert cause_of_hangup("transferred") == "transferred" and cause_of_hangup("whatever") == "normal"
 
 

@@ -16,6 +16,7 @@ import pytest
 
 pytest.importorskip("pjsua2")
 
+from agent.raw_sip_peer import G722_ONLY, RawPeer, header, to_tag  # noqa: E402
 from telephony.client import CallRefused, WorkerClient  # noqa: E402 - only where pjsua2 is installed
 from telephony.config import TelephonyConfig  # noqa: E402
 from telephony.leg import (  # noqa: E402
@@ -29,7 +30,6 @@ from telephony.leg import (  # noqa: E402
     ReferResult,
 )
 from telephony.process import WorkerProcess  # noqa: E402
-from agent.raw_sip_peer import G722_ONLY, RawPeer, header, to_tag  # noqa: E402
 
 RATE = 8000
 
@@ -205,7 +205,10 @@ async def test_accepted_refer_reports_the_final_notify(worker_pair):
             refer = await off_loop(peer.receive, "REFER")
             assert header(refer, "Refer-To") == "<sip:200@127.0.0.1:5999>"
             peer.respond(refer, "202 Accepted")
-            for cseq, sipfrag, state in ((2, "100 Trying", "active"), (3, "486 Busy Here", "terminated;reason=noresource")):
+            for cseq, sipfrag, state in (
+                (2, "100 Trying", "active"),
+                (3, "486 Busy Here", "terminated;reason=noresource"),
+            ):
                 peer.request(
                     "NOTIFY", cseq, to_tag(ok), f"SIP/2.0 {sipfrag}\r\n",
                     f"Event: refer\r\nSubscription-State: {state}\r\nContent-Type: message/sipfrag\r\n",
@@ -338,7 +341,7 @@ async def test_sigterm_waits_for_the_last_call_and_takes_no_new_one(worker_pair)
             near_listener.leg.hang_up()
             await far_listener.wait_for(LegDisconnected)
             async with asyncio.timeout(3):
-                while near.poll() is None:
+                while near.poll() is None:  # noqa: ASYNC110 - another process
                     await asyncio.sleep(0.05)
             assert near.poll() == 0
 
@@ -346,7 +349,7 @@ async def test_sigterm_waits_for_the_last_call_and_takes_no_new_one(worker_pair)
 async def test_worker_without_parent_says_bye_and_exits_within_5_s(worker_pair, tmp_path):
     _, far = worker_pair
     socket_path = tmp_path / "private" / "media.sock"
-    parent = subprocess.Popen(
+    parent = subprocess.Popen(  # noqa: ASYNC220 - over in a millisecond
         [
             sys.executable, "-c",
             "import subprocess, sys, time; subprocess.Popen(sys.argv[1:]); time.sleep(60)",
