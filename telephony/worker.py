@@ -206,7 +206,8 @@ class Worker:
     def _act(self, action: WatchAction) -> None:
         if action is WatchAction.NOTHING:
             return
-        print(f"worker: agent {self._watch.state}: {action} ({len(self._endpoint.legs)} legs)", file=sys.stderr)
+        if self._endpoint.legs:
+            print(f"worker: agent {self._watch.state}: {action} ({len(self._endpoint.legs)} legs)", file=sys.stderr)
         for leg in list(self._endpoint.legs.values()):
             if action is WatchAction.APOLOGISE_IF_SILENT:
                 if leg.port.is_idle:
@@ -259,6 +260,12 @@ def read_apology(config: TelephonyConfig) -> bytes:
     return resampler.push(pcm) + resampler.finish()
 
 
+def _stdout_to(path: str) -> None:
+    fd = os.open(path, os.O_WRONLY)
+    os.dup2(fd, 1)
+    os.close(fd)
+
+
 def _close(outlet: _Outlet) -> None:
     outlet.rings.close()
     os.close(outlet.wake_fd)
@@ -274,7 +281,7 @@ def main(arguments: list[str] | None = None) -> None:
     text = options.config_file.read_text() if options.config_file else options.config
     scheduling = run_first()
     ready_out = os.dup(1)
-    os.dup2(2, 1)  # pjsip's own start-up log goes to stdout; ours is for the ready line only
+    _stdout_to(os.devnull)  # pjlib greets on stdout before its log level can be set
     try:
         config = TelephonyConfig(**(json.loads(text) if text else {}))
         worker = Worker(config, options.socket, options.parent_pid)
@@ -283,6 +290,7 @@ def main(arguments: list[str] | None = None) -> None:
     except SipError as error:
         print(f"telephony.worker: SIP did not start: {error.info(False)}", file=sys.stderr)
         os._exit(1)
+    os.dup2(2, 1)  # from here on pjsip's errors belong to stderr; our stdout was for the ready line only
     signal.signal(signal.SIGTERM, worker.on_signal)
     signal.signal(signal.SIGINT, worker.on_signal)
     hello = worker.hello
