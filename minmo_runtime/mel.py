@@ -1,8 +1,9 @@
 """Log-mel spectrogram of the voice side (24 kHz, 50 frames a second): what the flow makes and the vocoder reads.
 
-Offline only: it is a training target and the analysis of a prompt voice; nothing on the walk of a caller's frame calls it.
-It does not know the caller's features (Kaldi fbank at 16 kHz, `features.py`).
-Source: Matcha-TTS `matcha/utils/audio.py` as CosyVoice 2 configures it; mel scale and area normalisation of Slaney (1998).
+Offline only: it is a training target and the analysis of a prompt voice; nothing on the walk of a caller's frame
+calls it. It does not know the caller's features (Kaldi fbank at 16 kHz, `features.py`).
+Source: Matcha-TTS `matcha/utils/audio.py` as CosyVoice 2 configures it; mel scale and area normalisation of Slaney
+(1998).
 Legend: B batch, S samples, F mel frames, M mel bins.
 """
 

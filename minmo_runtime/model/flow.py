@@ -3,12 +3,14 @@
     tokens ── embedding ── UpsampleConformerEncoder ── encoder_proj ── mu (the mean)
     x0 = mean_weight * mu + noise_scale * noise ── `n_timesteps` Euler steps of the estimator ── mel
 
-CosyVoice 2 starts from noise alone (mean_weight 0, noise_scale 1, 10 steps, guidance 0.7). A small model starts from its mean,
-which was trained first as a regression, with little noise and few steps; 0 steps speak the mean itself. All of this is data.
+CosyVoice 2 starts from noise alone (mean_weight 0, noise_scale 1, 10 steps, guidance 0.7). A small model starts from
+its mean, which was trained first as a regression, with little noise and few steps; 0 steps speak the mean itself. All
+of this is data.
 
-`forward` is the offline form. A turn is streamed with a `FlowState`: `push` adds tokens, `step` runs ONE job (encode a chunk, or one
-Euler step of it) and returns mel when a chunk is done, so that the engine can put other work between jobs. Both forms agree,
-because a chunk sees whole chunks only: its own and `left_context_s` before it (-1: all). Aligned from the prompt's first token.
+`forward` is the offline form. A turn is streamed with a `FlowState`: `push` adds tokens, `step` runs ONE job (encode
+a chunk, or one Euler step of it) and returns mel when a chunk is done, so that the engine can put other work between
+jobs. Both forms agree, because a chunk sees whole chunks only: its own and `left_context_s` before it (-1: all).
+Aligned from the prompt's first token.
 
 Step 9 of the walk. Knows nothing of text, of the vocoder or of calls. Key names are CosyVoice 2's flow.pt.
 Source: CosyVoice `flow/flow.py` (CausalMaskedDiffWithXvec) and `flow_matching.py`, as described in facts/minmo.md 2.2;
@@ -90,7 +92,9 @@ class FlowDims(Dims):
 
 @functools.lru_cache(maxsize=2)
 def _noise_table(num_mel_bins: int) -> Tensor:
-    """The start noise of every turn, [1, M, 15000]: fixed, so that a chunk's mel does not depend on how tokens arrived."""
+    """The start noise of every turn, [1, M, 15000]: fixed, so that a chunk's mel does not depend on how tokens
+    arrived.
+    """
     return torch.randn(1, num_mel_bins, _NOISE_FRAMES, generator=torch.Generator().manual_seed(0))
 
 
@@ -180,7 +184,7 @@ class Flow(nn.Module):
         attention: Tensor | None = None,
         cache: ModuleCache | None = None,
     ) -> Tensor:
-        """One estimator call at inference, guided if `inference_cfg_rate` > 0 (then a second row without conditions)."""
+        """One estimator call at inference; guided (a second row without conditions) if `inference_cfg_rate` > 0."""
         dims, rows = self.dims, x.shape[0]
         rate = dims.inference_cfg_rate
         if rate > 0:
@@ -206,7 +210,8 @@ class Flow(nn.Module):
     ) -> Tensor:
         """tokens [1, N], embedding [1, spk_embed_dim], prompt_mel [1, M, Tp] → mel [1, M, T] without the prompt.
 
-        `is_streaming` uses the chunk masks (equal to the streamed turn); not `is_final`: the last tokens are look-ahead only.
+        `is_streaming` uses the chunk masks (equal to the streamed turn); not `is_final`: the last tokens are
+        look-ahead only.
         """
         dims = self.dims
         if prompt_tokens is not None:
@@ -252,7 +257,9 @@ class Flow(nn.Module):
         if state.chunk is not None:
             return True
         dims = self.dims.encoder
-        return len(state.tokens) >= dims.static_chunk_size + dims.pre_lookahead_len or bool(state.is_final and state.tokens)
+        return len(state.tokens) >= dims.static_chunk_size + dims.pre_lookahead_len or bool(
+            state.is_final and state.tokens
+        )
 
     @torch.inference_mode()
     def step(self, state: FlowState) -> Tensor | None:
@@ -277,7 +284,9 @@ class Flow(nn.Module):
         tokens = torch.tensor([state.tokens[: size + dims.pre_lookahead_len]], device=device)
         del state.tokens[:size]
         embedded = self.input_embedding(tokens)
-        hidden = self.encoder.step(embedded[:, :size], embedded[:, size:], state.encoder_cache, self.dims.num_left_chunks)
+        hidden = self.encoder.step(
+            embedded[:, :size], embedded[:, size:], state.encoder_cache, self.dims.num_left_chunks
+        )
         mu = self.encoder_proj(hidden).transpose(1, 2)
         begin = state.frames_done
         state.frames_done += mu.shape[-1]

@@ -1,8 +1,10 @@
-"""The flow's encoder: voice tokens at 25 Hz become hidden vectors at 50 Hz (two rows of Conformer blocks, x2 between them).
+"""The flow's encoder: voice tokens at 25 Hz become hidden vectors at 50 Hz (two rows of Conformer blocks, x2 between
+them).
 
-Each attention block sees its own chunk and whole chunks to the left; three look-ahead tokens enter through one convolution only.
-Offline forms take a mask over everything; `step` takes one aligned chunk and a `ModuleCache` with the left context: the same
-numbers. Key names are CosyVoice 2's (`encoder.*` of flow.pt). Part of step 9 of the walk; knows nothing of mels or calls.
+Each attention block sees its own chunk and whole chunks to the left; three look-ahead tokens enter through one
+convolution only. Offline forms take a mask over everything; `step` takes one aligned chunk and a `ModuleCache` with
+the left context: the same numbers. Key names are CosyVoice 2's (`encoder.*` of flow.pt). Part of step 9 of the walk;
+knows nothing of mels or calls.
 Source: CosyVoice `transformer/upsample_encoder.py` as described in facts/minmo.md 2.2; relative positions as in ESPnet.
 
 Legend: B rows, T new frames, S frames with left context, D width, H heads, K head width.
@@ -68,7 +70,9 @@ def with_left_context(x: Tensor, frames: int, module: nn.Module, cache: ModuleCa
 def with_left_keys(
     key: Tensor, value: Tensor, keep: int, module: nn.Module, cache: ModuleCache | None
 ) -> tuple[Tensor, Tensor]:
-    """key, value [B, H, T, K] with the cached ones in front; keeps the last `keep` frames (-1: all) for the next chunk."""
+    """key, value [B, H, T, K] with the cached ones in front; keeps the last `keep` frames (-1: all) for the next
+    chunk.
+    """
     if cache is None:
         return key, value
     if module in cache:
@@ -79,7 +83,9 @@ def with_left_keys(
 
 
 def relative_positions(num_new: int, num_keys: int, size: int, like: Tensor) -> Tensor:
-    """Sinusoids of query position minus key position, from num_keys - 1 down to -(num_new - 1): [num_keys + num_new - 1, size]."""
+    """Sinusoids of query position minus key position, from num_keys - 1 down to -(num_new - 1): [num_keys + num_new -
+    1, size].
+    """
     offset = torch.arange(num_keys - 1, -num_new, -1.0, device=like.device, dtype=torch.float32)
     rate = torch.exp(torch.arange(0, size, 2, device=like.device, dtype=torch.float32) * -(math.log(10000.0) / size))
     angle = offset[:, None] * rate[None]
@@ -134,9 +140,9 @@ class RelativeAttention(nn.Module):
 def _shift(by_offset: Tensor, num_keys: int) -> Tensor:
     """[B, H, T, S + T - 1], columns by falling offset → [B, H, T, S], columns by key.
 
-    Example, T = 2, S = 3 (one frame of left context): columns are offsets 2, 1, 0, -1; row 0 (query 1) wants keys 0, 1, 2 =
-    offsets 1, 0, -1 = columns 1..3; row 1 (query 2) wants offsets 2, 1, 0 = columns 0..2. One padded column and one flat
-    re-cut do this for all rows at once.
+    Example, T = 2, S = 3 (one frame of left context): columns are offsets 2, 1, 0, -1; row 0 (query 1) wants keys
+    0, 1, 2 = offsets 1, 0, -1 = columns 1..3; row 1 (query 2) wants offsets 2, 1, 0 = columns 0..2. One padded column and one
+    flat re-cut do this for all rows at once.
     """
     rows, heads, length, width = by_offset.shape
     flat = nn.functional.pad(by_offset, (1, 0)).reshape(rows, heads, length * (width + 1))
@@ -154,7 +160,9 @@ class FeedForward(nn.Module):
 
 
 class ConformerBlock(nn.Module):
-    """Attention and feed-forward, each after its norm; CosyVoice 2 uses neither the convolution nor the second half-FFN."""
+    """Attention and feed-forward, each after its norm; CosyVoice 2 uses neither the convolution nor the second half-
+    FFN.
+    """
 
     def __init__(self, size: int, num_heads: int, hidden: int) -> None:
         super().__init__()
@@ -169,7 +177,9 @@ class ConformerBlock(nn.Module):
 
 
 class LookAheadLayer(nn.Module):
-    """The only place where a token sees the next ones: a convolution `pre_lookahead_len` ahead, then a causal one, residual."""
+    """The only place where a token sees the next ones: a convolution `pre_lookahead_len` ahead, then a causal one,
+    residual.
+    """
 
     def __init__(self, size: int, look_ahead: int) -> None:
         super().__init__()
@@ -227,7 +237,9 @@ class UpsampleConformerEncoder(nn.Module):
         is_streaming: bool = False,
         num_left_chunks: int = -1,
     ) -> tuple[Tensor, Tensor]:
-        """Whole rows at once. Returns hidden [B, 2T, D] and its padding mask [B, 2T]. Without `is_streaming`: full attention."""
+        """Whole rows at once. Returns hidden [B, 2T, D] and its padding mask [B, 2T]. Without `is_streaming`: full
+        attention.
+        """
         dims, length, stride = self.dims, x.shape[1], self.dims.up_stride
         valid = padding_mask(lengths, length)
         mask = valid[:, None, :].expand(-1, length, -1)

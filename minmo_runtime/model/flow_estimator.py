@@ -1,8 +1,9 @@
 """The flow's estimator: given a noisy mel, its mean and a time, the direction towards the clean mel.
 
-A U-Net without real down-sampling: one block down, `num_mid_blocks`, one up with a skip; each is a causal residual convolution
-with the time added, followed by `n_blocks` Transformer blocks. As in flow_encoder, whole rows with a mask or one aligned chunk
-with a cache give the same numbers; each Euler step owns its cache. Key names are CosyVoice 2's (`decoder.estimator.*`).
+A U-Net without real down-sampling: one block down, `num_mid_blocks`, one up with a skip; each is a causal residual
+convolution with the time added, followed by `n_blocks` Transformer blocks. As in flow_encoder, whole rows with a mask
+or one aligned chunk with a cache give the same numbers; each Euler step owns its cache. Key names are CosyVoice 2's
+(`decoder.estimator.*`).
 Source: CosyVoice `flow/decoder.py` and Matcha-TTS (arXiv 2309.03199), as described in facts/minmo.md 2.2.
 
 Legend: B rows, T mel frames, C channels, M mel bins.
@@ -61,7 +62,9 @@ class CausalConv3(nn.Conv1d):
 
 
 class ConvBlock(nn.Module):
-    """Causal convolution, LayerNorm over channels, Mish. `block.1` has no weights: the checkpoint counts a transpose there."""
+    """Causal convolution, LayerNorm over channels, Mish. `block.1` has no weights: the checkpoint counts a transpose
+    there.
+    """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -121,7 +124,9 @@ class EstimatorFeedForward(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(GeluProjection(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+        self.net = nn.Sequential(
+            GeluProjection(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -141,7 +146,9 @@ class TransformerBlock(nn.Module):
 
 
 def _stage(in_channels: int, dims: FlowEstimatorDims, has_conv: bool) -> nn.ModuleList:
-    """The checkpoint's numbering: 0 the residual convolution, 1 the Transformer blocks, 2 (down and up only) a convolution."""
+    """The checkpoint's numbering: 0 the residual convolution, 1 the Transformer blocks, 2 (down and up only) a
+    convolution.
+    """
     parts: list[nn.Module] = [
         ResnetBlock(in_channels, dims.channels, 4 * dims.channels),
         nn.ModuleList(TransformerBlock(dims) for _ in range(dims.n_blocks)),
@@ -177,7 +184,8 @@ class FlowEstimator(nn.Module):
         keep: int = -1,
         cache: ModuleCache | None = None,
     ) -> Tensor:
-        """`speaker` [B, M]; `valid` [B, T] marks frames inside their row; `attention` [B, T, T] or [T, T] true = may see.
+        """`speaker` [B, M]; `valid` [B, T] marks frames inside their row; `attention` [B, T, T] or [T, T] true = may
+        see.
 
         With `cache`, x is one aligned chunk; `keep` frames of keys stay for the next one (-1: all).
         """

@@ -1,15 +1,17 @@
-"""Vocoder of kind "hift": CosyVoice 2's HiFT generator. A harmonic source follows the predicted F0, convolutions shape it, a small
-inverse STFT writes the waveform.
+"""Vocoder of kind "hift": CosyVoice 2's HiFT generator. A harmonic source follows the predicted F0, convolutions
+shape it, a small inverse STFT writes the waveform.
 
     mel ─┬─ F0 predictor ── sines of F0 and its harmonics + noise ── STFT ─────────┐ (added at each up-sampling)
-         └─ conv_pre ── [leaky ReLU, up-convolution, + source, residual blocks] x 3 ── conv_post ── inverse STFT ── waveform
+         └─ conv_pre ── [leaky ReLU, up-convolution, + source, residual blocks] x 3 ── conv_post ── inverse STFT ──
+         waveform
 
-Streaming is the parents': 8 mel frames and their source are repeated in the next call and cross-faded over, so its pieces
-are close to, not equal to, the offline wave (the golden vectors of the streamed form say how close). Weight norm is kept in the
-parametrised form while loading (`X.parametrizations.weight.original0/1`); the older names and a `generator.` prefix are accepted.
+Streaming is the parents': 8 mel frames and their source are repeated in the next call and cross-faded over, so its
+pieces are close to, not equal to, the offline wave (the golden vectors of the streamed form say how close). Weight
+norm is kept in the parametrised form while loading (`X.parametrizations.weight.original0/1`); the older names and a
+`generator.` prefix are accepted.
 
-Step 9 of the walk. Knows nothing of tokens or calls. Source: CosyVoice `hifigan/generator.py` as described in facts/minmo.md
-2.3; HiFTNet (arXiv 2309.09493), Snake (arXiv 2006.08195).
+Step 9 of the walk. Knows nothing of tokens or calls. Source: CosyVoice `hifigan/generator.py` as described in
+facts/minmo.md 2.3; HiFTNet (arXiv 2309.09493), Snake (arXiv 2006.08195).
 
 Legend: B rows, T mel frames, M mel bins, C channels, S samples, H harmonics + 1.
 """
@@ -84,7 +86,8 @@ class ResBlock(nn.Module):
     def __init__(self, channels: int, kernel: int, dilations: tuple[int, ...]) -> None:
         super().__init__()
         self.convs1 = nn.ModuleList(
-            weight_norm(nn.Conv1d(channels, channels, kernel, dilation=d, padding=(kernel - 1) * d // 2)) for d in dilations
+            weight_norm(nn.Conv1d(channels, channels, kernel, dilation=d, padding=(kernel - 1) * d // 2))
+            for d in dilations
         )
         self.convs2 = nn.ModuleList(
             weight_norm(nn.Conv1d(channels, channels, kernel, padding=(kernel - 1) // 2)) for _ in dilations
@@ -166,7 +169,9 @@ class HiftVocoder(nn.Module):
             stride = math.prod(rates[i + 1 :])  # from the source's STFT rate down to this stage's rate
             down = (1, 1, 0) if stride == 1 else (2 * stride, stride, stride // 2)
             self.source_downs.append(nn.Conv1d(bins, channels, *down))
-            self.source_resblocks.append(ResBlock(channels, dims.source_resblock_kernel_sizes[i], dims.resblock_dilation_sizes))
+            self.source_resblocks.append(
+                ResBlock(channels, dims.source_resblock_kernel_sizes[i], dims.resblock_dilation_sizes)
+            )
             for size in dims.resblock_kernel_sizes:
                 self.resblocks.append(ResBlock(channels, size, dims.resblock_dilation_sizes))
         self.conv_post = weight_norm(nn.Conv1d(base >> len(rates), bins, 7, padding=3))
@@ -185,7 +190,9 @@ class HiftVocoder(nn.Module):
     def new_state(self) -> HiftState:
         return HiftState()
 
-    def forward(self, mel: Tensor, noise: Tensor | None = None, carried_source: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, mel: Tensor, noise: Tensor | None = None, carried_source: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """→ (waveform [B, S], source [B, 1, S]); `carried_source` overwrites the start of the source."""
         source = self.m_source(self.f0_predictor(mel), noise)
         if carried_source is not None and carried_source.shape[-1]:
@@ -215,7 +222,8 @@ class HiftVocoder(nn.Module):
         return wave.clamp(-dims.audio_limit, dims.audio_limit)
 
     def push(self, mel: Tensor, state: HiftState, is_final: bool = False, noise: Tensor | None = None) -> Tensor:
-        """Feed T mel frames [B, M, T]; returns the samples that became final [B, S]. The last 8 frames wait for the next piece.
+        """Feed T mel frames [B, M, T]; returns the samples that became final [B, S]. The last 8 frames wait for the
+        next piece.
 
         Pieces of no more than `overlap_frames` are gathered, as there must be something new behind the overlap.
         """
@@ -235,7 +243,11 @@ class HiftVocoder(nn.Module):
             wave = torch.cat((head, wave[:, overlap:]), dim=1)
         if is_final:
             return wave
-        state.mel, state.source, state.tail = mel[..., -dims.overlap_frames :], source[..., -overlap:], wave[:, -overlap:]
+        state.mel, state.source, state.tail = (
+            mel[..., -dims.overlap_frames :],
+            source[..., -overlap:],
+            wave[:, -overlap:],
+        )
         return wave[:, :-overlap]
 
 

@@ -5,15 +5,17 @@
           └─ ConvNeXt blocks (one per mel frame) ── the two filters, `hops_per_frame` of them per mel frame
 
 The idea is HiFT's (source + filter + iSTFT), the network runs at 50 Hz only, so two CPU cores can train and serve it.
-Streaming and offline are one code path: every convolution is causal over an explicit cache, and the look-ahead stands in the
-first layers only. `push` of any split of a mel gives the same samples. All state lives in `SourceFilterState`, one per turn.
+Streaming and offline are one code path: every convolution is causal over an explicit cache, and the look-ahead stands
+in the first layers only. `push` of any split of a mel gives the same samples. All state lives in `SourceFilterState`,
+one per turn.
 
 Step 9 of the walk. Knows nothing of tokens, flow or calls.
-Source: neural source-filter (arXiv 1904.12088), Vocos (arXiv 2306.00814), HiFT-Net (arXiv 2309.09493); sizes: our choice.
+Source: neural source-filter (arXiv 1904.12088), Vocos (arXiv 2306.00814), HiFT-Net (arXiv 2309.09493); sizes: our
+choice.
 
 Legend: B rows, T mel frames, M mel bins, D width, S samples, H hops per mel frame, K = frequency bins.
-Look-ahead, with defaults, in mel frames: filter network 2, overlap-add 0.75 on top: 2.75 in all. The source needs the F0 of
-frame n+1 for the filters of frame n, and the F0 predictor one mel frame more: the same 2.
+Look-ahead, with defaults, in mel frames: filter network 2, overlap-add 0.75 on top: 2.75 in all. The source needs the
+F0 of frame n+1 for the filters of frame n, and the F0 predictor one mel frame more: the same 2.
 """
 
 from __future__ import annotations
@@ -82,7 +84,7 @@ class CausalConv(nn.Conv1d):
     """Convolution over time whose left context comes from the state instead of padding; zeros at the start."""
 
     def step(self, x: Tensor, caches: dict[str, Tensor], name: str, left: int | None = None) -> Tensor:
-        """`left` < kernel - 1 lets the kernel look kernel - 1 - left frames ahead: then that many outputs come later."""
+        """`left` < kernel - 1 lets the kernel look kernel - 1 - left frames ahead; that many outputs come later."""
         reach = self.kernel_size[0] - 1
         cache = caches.get(name)
         if cache is None:
@@ -95,7 +97,7 @@ class CausalConv(nn.Conv1d):
 
 
 class ConvNeXtBlock(nn.Module):
-    """Depth-wise causal convolution, LayerNorm, two point-wise layers, residual (arXiv 2201.03545, in one dimension)."""
+    """Depth-wise causal convolution, LayerNorm, two point-wise layers, residual (arXiv 2201.03545)."""
 
     def __init__(self, dims: SourceFilterDims) -> None:
         super().__init__()
@@ -138,7 +140,8 @@ def pulse_train(f0_hz: Tensor, previous_hz: Tensor, phase: Tensor, dims: SourceF
 
     f0_hz [B, T] (0 = unvoiced), previous_hz [B] = F0 at the start of the first frame, phase [B] in cycles (float64).
     Returns samples [B, T * samples_per_frame] and the phase at the end.
-    A frame with one unvoiced end keeps the F0 of the voiced end and fades its amplitude, so the pitch never glides to 0.
+    A frame with one unvoiced end keeps the F0 of the voiced end and fades its amplitude, so the pitch never glides to
+    0.
 
     Example: 100 Hz at both ends, 480 samples at 24 kHz: 480 * 100 / 24000 = 2 cycles, two pulses in the frame.
     """
@@ -188,10 +191,13 @@ class SourceFilterVocoder(nn.Module):
         """Offline form. `f0_hz` [B, T] replaces the predictor (training)."""
         return self.push(mel, self.new_state(), is_final=True, f0_hz=f0_hz)
 
-    def push(self, mel: Tensor, state: SourceFilterState, is_final: bool = False, f0_hz: Tensor | None = None) -> Tensor:
+    def push(
+        self, mel: Tensor, state: SourceFilterState, is_final: bool = False, f0_hz: Tensor | None = None
+    ) -> Tensor:
         """Feed T >= 0 mel frames [B, M, T]; returns the samples that became final [B, S]. S may be 0.
 
-        After `is_final` the total is exactly (frames pushed) * samples_per_frame. `f0_hz` [B, T] only with one final push.
+        After `is_final` the total is exactly (frames pushed) * samples_per_frame. `f0_hz` [B, T] only with one final
+        push.
         """
         dims = self.dims
         if mel.shape[-1]:
@@ -230,7 +236,7 @@ class SourceFilterVocoder(nn.Module):
             state.source = nn.functional.pad(state.source, (0, dims.num_fft_samples))
 
     def _emit(self, state: SourceFilterState, is_final: bool) -> Tensor:
-        """Filter every frame whose filters and source are complete, overlap-add, hand out what no later frame touches."""
+        """Filter every frame whose filters and source are complete; hand out what no later frame touches."""
         dims = self.dims
         assert state.pending is not None and state.source is not None
         n, hop, reach = dims.samples_per_frame, dims.hop_samples, dims.overlap_samples

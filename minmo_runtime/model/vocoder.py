@@ -1,6 +1,7 @@
 """The vocoder box of the figure: mel frames become a 24 kHz waveform. Which kind is data of the checkpoint.
 
-Both kinds have the same two methods: `new_state()` for one turn of one call, and `push(mel, state, is_final) -> samples`.
+Both kinds have the same two methods: `new_state()` for one turn of one call, and `push(mel, state, is_final) ->
+samples`.
 Step 9 of the walk; what comes out is played from step 10 on. Knows nothing of either kind's inside.
 """
 

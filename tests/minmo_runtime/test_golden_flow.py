@@ -1,4 +1,6 @@
-"""The flow against golden vectors of the reference code (tiny sizes, random weights); see the reference folder's README."""
+"""The flow against golden vectors of the reference code (tiny sizes, random weights); see the reference folder's
+README.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,10 @@ def golden_dims(config: dict[str, object]) -> FlowDims:
             "inference_cfg_rate": cfm["inference_cfg_rate"],
             "sigma_min": cfm["sigma_min"],
             "encoder": {
-                **{k: encoder[k] for k in ("output_size", "attention_heads", "linear_units", "num_blocks", "num_up_blocks")},
+                **{
+                    k: encoder[k]
+                    for k in ("output_size", "attention_heads", "linear_units", "num_blocks", "num_up_blocks")
+                },
                 "static_chunk_size": encoder["static_chunk_size"],
                 "pre_lookahead_len": config["pre_lookahead_len"],
             },
@@ -79,7 +84,9 @@ def test_encoder_equals_the_reference(case: tuple[Flow, Tensors], scenario: str)
 def test_estimator_equals_the_reference(case: tuple[Flow, Tensors], scenario: str) -> None:
     flow, io = case
     v = vectors(io, scenario)
-    attention = chunk_mask(v["in.x"].shape[-1], 2 * flow.dims.encoder.static_chunk_size, -1) if "stream" in scenario else None
+    attention = (
+        chunk_mask(v["in.x"].shape[-1], 2 * flow.dims.encoder.static_chunk_size, -1) if "stream" in scenario else None
+    )
     inputs = (v["in.x"], v["in.mu"], v["in.t"], v["in.spks"], v["in.cond"])
     made = flow.decoder.estimator(*inputs, v["in.mask"][:, 0].bool(), attention)
     assert max_error(made, v["out.y"]) < 1e-4

@@ -34,8 +34,8 @@ def vectors(io: Tensors, scenario: str) -> Tensors:
 def golden_dims(config: dict[str, object]) -> HiftDims:
     """The reference's constructor values in our names."""
     names = (
-        "in_channels base_channels f0_cond_channels nb_harmonics sampling_rate nsf_sigma nsf_voiced_threshold upsample_rates "
-        "upsample_kernel_sizes resblock_kernel_sizes source_resblock_kernel_sizes audio_limit"
+        "in_channels base_channels f0_cond_channels nb_harmonics sampling_rate nsf_sigma nsf_voiced_threshold "
+        "upsample_rates upsample_kernel_sizes resblock_kernel_sizes source_resblock_kernel_sizes audio_limit"
     ).split()
     table = {name: config[name] for name in names}
     dilations, istft = config["resblock_dilation_sizes"], config["istft"]
@@ -91,7 +91,8 @@ def test_old_weight_norm_names_and_prefix_load_and_fold(case: tuple[HiftVocoder,
     vocoder, io = case
     v = vectors(io, "full")
     old = {
-        "generator." + name.replace(".parametrizations.weight.original0", ".weight_g").replace(
+        "generator."
+        + name.replace(".parametrizations.weight.original0", ".weight_g").replace(
             ".parametrizations.weight.original1", ".weight_v"
         ): value
         for name, value in vocoder.state_dict().items()
@@ -111,7 +112,9 @@ def test_full_size_listing_loads_strictly() -> None:
     vocoder.load_state_dict(weights, strict=True, assign=True)
 
 
-@pytest.mark.parametrize(("scenario", "high_hz"), [("mel24k_0", 8000.0), ("mel24k_1", 8000.0), ("mel24k_fmaxnone_0", 12000.0)])
+@pytest.mark.parametrize(
+    ("scenario", "high_hz"), [("mel24k_0", 8000.0), ("mel24k_1", 8000.0), ("mel24k_fmaxnone_0", 12000.0)]
+)
 def test_mel_equals_the_reference(golden_dir: Path, scenario: str, high_hz: float) -> None:
     if not (golden_dir / "mel_io.safetensors").exists():
         pytest.skip("no golden vectors of the mel here")
