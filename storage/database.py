@@ -66,9 +66,8 @@ def writing(engine: Engine) -> Connection:
 
 def insert_new(connection: Connection, table: sa.Table, values: dict[str, Any]) -> bool:
     """Inserts unless the row is already there; true when it was new. Makes every retry harmless."""
-    statement: Any
-    if connection.dialect.name == "postgresql":
-        statement = postgresql.insert(table).values(values).on_conflict_do_nothing()
-    else:
-        statement = sqlite.insert(table).values(values).on_conflict_do_nothing()
-    return connection.execute(statement).rowcount == 1
+    if connection.dialect.name == "postgresql":  # its driver gives no row count here, SQLite before 3.35 no RETURNING
+        first_key = next(iter(table.primary_key))
+        statement = postgresql.insert(table).values(values).on_conflict_do_nothing().returning(first_key)
+        return connection.execute(statement).first() is not None
+    return connection.execute(sqlite.insert(table).values(values).on_conflict_do_nothing()).rowcount == 1

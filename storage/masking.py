@@ -113,7 +113,8 @@ def _runs(text: str) -> list[list[_Unit]]:
 
 
 def _card_spans(run: list[_Unit], needs_luhn: bool) -> list[tuple[int, int]]:
-    """Spans of text inside one run that look like a card, overlapping ones joined: rather a digit too many than one left.
+    """Spans of text inside one run that look like a card, overlapping ones joined: rather a digit too many than one
+    left.
 
     A span begins and ends where the text has a gap: digits written in one piece are one number, not many.
     """

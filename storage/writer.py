@@ -80,7 +80,7 @@ class Writer:
             self._num_unfinished += 1
             self._changed.notify_all()
 
-    def flush(self, timeout_s: float = 5.0) -> bool:
+    def flush(self, timeout_s: float = 30.0) -> bool:
         """Waits until everything put so far is in SQL; false when the database did not answer in time."""
         with self._changed:
             self._must_hurry = True

@@ -11,7 +11,8 @@
     GET  /api/live?call_id=                  server-sent events, one per journal row; Last-Event-ID goes on
     GET  /api/openapi.json                   the same for machines        GET /healthz   is the process alive
 
-Everything but /login, the style sheet and /healthz needs the cookie (guard.py). Views and listening are audited.
+Everything but /login, its style sheet and icon, and /healthz needs the cookie (guard.py). Views and listening are
+audited.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from storage.recordings import RecordingReader
 from storage.search import CallReader
 
 CONSOLE = Path(__file__).parent / "console"
-CONTENT_TYPES = {".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8"}
+CONTENT_TYPES = {".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8", ".svg": "image/svg+xml"}
 # Wire metrics on the summary line, in this order.
 SHOWN_METRICS = ("voice_to_voice_ms", "first_word_ms", "duck_ms", "stop_ms")
 AUDIT_AGAIN_S = 600.0  # the console asks for a live call again and again: one view, not hundreds

@@ -19,7 +19,7 @@ from agent.supervisor.config import WebConfig
 
 MAX_BODY_BYTES = 4_096
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
-OPEN_PATHS = frozenset({"/login", "/healthz", "/console/console.css"})  # seen without signing in
+OPEN_PATHS = frozenset({"/login", "/healthz", "/console/console.css", "/console/icon.svg"})  # seen without signing in
 # No inline script or style, nothing from elsewhere, no frame around us.
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; media-src 'self'; img-src 'self'; "

@@ -75,7 +75,9 @@ def test_no_card_number_reaches_any_file(config: StorageConfig, now: dt.datetime
     store = CallStore(config)
     secret = "4111111111111111"
     store.open_call("c1", did="100", ani="200", display_name=secret, now=now)
-    store.append_turn("c1", "t1", role="caller", heard_text=f"{spoken_card()} or {secret}", slots={"n": secret}, now=now)
+    store.append_turn(
+        "c1", "t1", role="caller", heard_text=f"{spoken_card()} or {secret}", slots={"n": secret}, now=now
+    )
     store.append_turn("c1", "t2", role="agent", generated_text=secret, now=now)
     store.update_turn("c1", "t2", heard_text="4111 1111 1111 1112", now=now)
     store.journal_append("c1", "caption", now=now, text=secret, other=[secret])

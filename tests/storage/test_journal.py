@@ -4,7 +4,7 @@ import datetime as dt
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from storage.entries import CallOpened, CallUpdated, EventAppended, JournalUnavailable, StorageError
@@ -28,7 +28,7 @@ def test_records_come_back_as_they_were_written() -> None:
     assert content.num_bad_bytes == 0
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(cut=st.integers(min_value=0, max_value=400), texts=st.lists(st.text(max_size=20), max_size=6))
 def test_file_cut_at_any_byte_keeps_every_whole_record(cut: int, texts: list[str]) -> None:
     records = [pack(event(seq, text)) for seq, text in enumerate(texts)]
@@ -41,7 +41,7 @@ def test_file_cut_at_any_byte_keeps_every_whole_record(cut: int, texts: list[str
     assert content.num_good_bytes + content.num_bad_bytes == len(raw)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(at=st.integers(min_value=0), flip=st.integers(min_value=1, max_value=255))
 def test_changed_byte_is_noticed_and_nothing_behind_it_is_read(at: int, flip: int) -> None:
     records = [pack(event(seq)) for seq in range(4)]
@@ -52,7 +52,7 @@ def test_changed_byte_is_noticed_and_nothing_behind_it_is_read(at: int, flip: in
     assert [entry.seq for entry in unpack(bytes(raw)).entries] == list(range(hit))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(raw=st.binary(max_size=200))
 def test_any_bytes_are_read_without_an_error(raw: bytes) -> None:
     unpack(raw)

@@ -204,7 +204,7 @@ function eventsOf(loadEvents) {
     el("thead", {}, [el("tr", {}, ["no.", "time", "event", "what"].map((name) => el("th", { scope: "col" }, name)))]),
     body,
   ]);
-  const box = el("details", { class: "card" }, [el("summary", {}, "Journal"), table]);
+  const box = el("details", { class: "card" }, [el("summary", {}, "Journal"), el("div", { class: "journal" }, table)]);
   box.addEventListener("toggle", async () => {
     if (!box.open) return;
     const { events } = await loadEvents();
@@ -213,7 +213,7 @@ function eventsOf(loadEvents) {
         el("tr", {}, [
           el("td", { class: "number" }, String(event.seq)),
           el("td", { class: "number" }, new Date(event.at).toLocaleTimeString()),
-          el("td", {}, event.kind.replaceAll("_", " ")),
+          el("td", { class: "kind" }, event.kind.replaceAll("_", " ")),
           el("td", {}, JSON.stringify(event.payload)),
         ]),
       ),
