@@ -118,7 +118,7 @@ def _model(config: Config) -> Iterator[Finding]:
         yield Finding("checkpoint", State.FAULT, str(error))
         return
     size_mib = sum(file.stat().st_size for file in checkpoint.folder.glob("*.safetensors")) / 2**20
-    state = State.FAULT if checkpoint.untrained else State.OK
+    state = State.FAULT if "UNTRAINED" in checkpoint.label else State.OK
     parts = ", ".join(part for part, module in vars(checkpoint.modules).items() if module is not None)
     yield Finding("checkpoint", state, f"{checkpoint.label} ({size_mib:.1f} MiB): {parts}")
     yield Finding("bridges", State.OK, f"bridges=[{', '.join(checkpoint.bridges)}]")
