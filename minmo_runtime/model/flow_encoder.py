@@ -141,8 +141,8 @@ def _shift(by_offset: Tensor, num_keys: int) -> Tensor:
     """[B, H, T, S + T - 1], columns by falling offset → [B, H, T, S], columns by key.
 
     Example, T = 2, S = 3 (one frame of left context): columns are offsets 2, 1, 0, -1; row 0 (query 1) wants keys
-    0, 1, 2 = offsets 1, 0, -1 = columns 1..3; row 1 (query 2) wants offsets 2, 1, 0 = columns 0..2. One padded column and one
-    flat re-cut do this for all rows at once.
+    0, 1, 2 = offsets 1, 0, -1 = columns 1..3; row 1 (query 2) wants offsets 2, 1, 0 = columns 0..2. One padded column
+    and one flat re-cut do it for all rows.
     """
     rows, heads, length, width = by_offset.shape
     flat = nn.functional.pad(by_offset, (1, 0)).reshape(rows, heads, length * (width + 1))
