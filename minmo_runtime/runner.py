@@ -23,7 +23,6 @@ from minmo_runtime.kv_cache import SlotPool
 from minmo_runtime.model.encoder import EncoderState
 from minmo_runtime.model.interleave import Phase
 from minmo_runtime.reply import Reply, ReplyPhase
-from minmo_runtime.sampling import SamplingRules
 from minmo_runtime.scheduler import Job, JobKind
 from minmo_runtime.stream import Stream, Truncation
 from minmo_runtime.text import TextStream, parse_tool_line, speak_digits
@@ -33,7 +32,8 @@ TURN_END, TOOL_CALL, TOOL_CALL_END = "<|im_end|>", "<tool_call>", "</tool_call>"
 _PCM_SCALE = 32768.0
 _CHUNKS_PER_ALIGN_JOB = 2
 _ALIGN_BEYOND_CUT_S = 0.5  # of our own audio behind the cut: it shows whether the last word was complete
-_REPLAY_PIECE_S = 0.6
+# A voice that does not find its end is stopped: slow speech is about 3 text tokens a second, 25 / 3 = 8.3 voice tokens each.
+_MAX_VOICE_PER_TEXT = 12.0
 
 
 class StreamFailure(Exception):
@@ -282,11 +282,13 @@ class Runner:
         self.voice_cache.reset(stream.slot)
         query = None
         if self.output_projector is not None and reply.query_hidden:
-            query = self.output_projector.query(torch.stack(reply.query_hidden), torch.stack(reply.query_embedding))
+            last = slice(-self.output_projector.dims.max_query, None)  # 0 = all of it
+            hidden, embedding = torch.stack(reply.query_hidden[last]), torch.stack(reply.query_embedding[last])
+            query = self.output_projector.query(hidden, embedding)
         # A fixed sentence always gets the same dice, so that it sounds the same in each call.
         seed = zlib.crc32(f"{reply.forced_text}/{reply.style}".encode()) if reply.is_forced else stream.seed
-        rules = self.voice_lm.dims.rules()
-        reply.voice = self.voice_lm.new_stream(stream.slot, seed, rules, SamplingRules(), query)
+        rules = self.voice_lm.dims.rules(max_voice_per_text=_MAX_VOICE_PER_TEXT)
+        reply.voice = self.voice_lm.new_stream(stream.slot, seed, rules, self.checkpoint.sampling, query)
         reply.flow = self.flow.new_state(self.voice)
         reply.vocoder_state = self.vocoder.new_state()
 

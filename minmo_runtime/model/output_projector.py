@@ -57,12 +57,16 @@ class OutputProjector(nn.Module):
         hidden [..., D_llm]: the last hidden state that *sampled* each token; embedding [..., D_llm]: the token's input
         embedding; text_rows [..., D]: the voice LM's own table at the token, needed by the residual form. -> [..., D]
         """
-        projected = self.query(hidden, embedding)
+        projected = self.linear(torch.cat([hidden, embedding], dim=-1))
         if self.dims.form == "paper":
             return projected
         assert text_rows is not None, "the residual form needs the voice LM's text rows"
         return text_rows + projected
 
     def query(self, hidden: Tensor, embedding: Tensor) -> Tensor:
-        """Positions of the caller's current turn: input embedding and hidden state at the same position. -> [..., D]"""
-        return self.linear(torch.cat([hidden, embedding], dim=-1))
+        """The prefix: the last `max_query` positions of the caller's current turn.
+
+        hidden, embedding [Q, D_llm]: hidden state and input embedding at the same position. -> [<= max_query, D]
+        """
+        first = max(0, len(hidden) - self.dims.max_query)
+        return self.linear(torch.cat([hidden[first:], embedding[first:]], dim=-1))

@@ -13,6 +13,7 @@ Legend: B calls, T rows, N semantic vectors of one call, Q query vectors, D hidd
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +30,11 @@ from minmo_runtime.sampling import Draw, SamplingRules, draw_with, ras_sample
 
 @dataclass(frozen=True)
 class VoiceLmDims(Dims):
-    """Trunk sizes under Qwen2's names, the number of voice tokens, and the text table's size."""
+    """Trunk sizes under Qwen2's names, the number of voice tokens, the text table's size, and how service draws.
+
+    The `sampling_` values are CosyVoice 2's by default (see sampling.SamplingRules); a checkpoint with little
+    repetition to fear is served with temperature 0. `max_voice_per_text` ends a turn that does not end itself.
+    """
 
     hidden_size: int
     num_hidden_layers: int
@@ -43,6 +48,13 @@ class VoiceLmDims(Dims):
     rms_norm_eps: float = 1e-6
     num_text: int = 5  # block of the interleaved order: text rows, then voice tokens
     num_voice: int = 15
+    sampling_temperature: float = 1.0
+    sampling_top_p: float = 0.8
+    sampling_top_k: int = 25
+    sampling_window: int = 10
+    sampling_max_repeats_share: float = 0.1
+    min_voice_per_text: float = 0.0
+    max_voice_per_text: float = 20.0
 
     def trunk(self) -> BackboneDims:
         return BackboneDims(
@@ -59,8 +71,24 @@ class VoiceLmDims(Dims):
 
     def rules(self, interleaved: bool = True, **changes: Any) -> InterleaveRules:
         """The order of rows for this checkpoint."""
-        return InterleaveRules(
-            self.speech_token_size, num_text=self.num_text, num_voice=self.num_voice, interleaved=interleaved, **changes
+        rules = InterleaveRules(
+            self.speech_token_size,
+            num_text=self.num_text,
+            num_voice=self.num_voice,
+            interleaved=interleaved,
+            min_voice_per_text=self.min_voice_per_text,
+            max_voice_per_text=self.max_voice_per_text,
+        )
+        return dataclasses.replace(rules, **changes)
+
+    def sampling(self) -> SamplingRules:
+        """How service draws voice tokens."""
+        return SamplingRules(
+            top_p=self.sampling_top_p,
+            top_k=self.sampling_top_k,
+            window=self.sampling_window,
+            max_repeats_share=self.sampling_max_repeats_share,
+            temperature=self.sampling_temperature,
         )
 
 

@@ -117,7 +117,7 @@ def load_calls(path: Path, tokenizer: TextTokenizer, seed: int, split: str) -> l
 
 @torch.no_grad()
 def piece_vectors(pieces: Tokenizer, tokenizer: TextTokenizer, table: Tensor) -> Tensor:
-    """Start of the projector's piece table: a whole word points at the LLM's token for it, a digit word at its digit."""
+    """Start of the projector's piece table: a whole word points at its LLM token, a digit word at the digit."""
     vectors = torch.zeros(pieces.get_vocab_size(), table.shape[1])
     for piece, index in pieces.get_vocab().items():
         word = piece.removeprefix("▁")

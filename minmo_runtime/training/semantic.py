@@ -22,8 +22,7 @@ from minmo_runtime.model.backbone import Backbone
 from minmo_runtime.model.interleave import IGNORED, RowKind, training_layout
 from minmo_runtime.model.output_projector import OutputProjector, OutputProjectorDims
 from minmo_runtime.model.voice_lm import VoiceLm
-from minmo_runtime.sampling import SamplingRules
-from minmo_runtime.text import TextTokenizer
+from minmo_runtime.text import TextTokenizer, chat_turn
 from minmo_runtime.training.dialogues import Turn, dialogue
 from minmo_runtime.training.evaluate import wer_of_codes
 from minmo_runtime.training.freeze import only_trainable
@@ -53,15 +52,17 @@ class Reply:
 
 
 def replies_of(turns: list[Turn]) -> list[Reply]:
-    """Every reply that is spoken; what stands behind a tool call's opening is not."""
+    """Everything the agent speaks, its own fixed sentences too; what stands behind a tool call's opening is not
+    spoken.
+    """
     pace = next((name for name in PACES if turns[0].role == "system" and f"{name} pace" in turns[0].text), "normal")
     found, caller = [], -1
     for index, turn in enumerate(turns):
         if turn.role == "user":
             caller = index
         text = turn.text.split(TOOL_CALL)[0].strip()
-        if turn.role == "assistant" and turn.is_target and text and caller >= 0:
-            found.append(Reply(tuple(turns[:index]), caller, text, pace))
+        if turn.role == "assistant" and text:
+            found.append(Reply(tuple(turns[:index]), caller if turn.is_target else -1, text, pace))
     return found
 
 
@@ -69,23 +70,29 @@ def replies_of(turns: list[Turn]) -> list[Reply]:
 def read_reply(llm: Backbone, tokenizer: TextTokenizer, reply: Reply, max_query: int) -> dict[str, np.ndarray]:
     """Ids of the spoken tokens, the hidden states that sampled them, and the query's embeddings and hidden states."""
     before = encode_row(reply.before, tokenizer)
-    caller_start = len(encode_row(reply.before[: reply.caller], tokenizer).ids)
-    caller_end = len(encode_row(reply.before[: reply.caller + 1], tokenizer).ids)
-    opening = len(tokenizer.encode("<|im_start|>user\n"))
     opened = tokenizer.encode("<|im_start|>assistant\n")
     spoken = tokenizer.encode(reply.text)
     ids = torch.tensor([[*before.ids, *opened, *spoken]])
     embeds = llm.embed(ids)
     hidden = llm(embeds=embeds)[0]
     start = len(before.ids) + len(opened)
-    # The turn's own words: without its opening tokens and its end token.
-    query = slice(max(caller_start + opening, caller_end - 1 - max_query), caller_end - 1)
+    query = caller_span(reply, tokenizer)
+    query = slice(max(query.start, query.stop - max_query), query.stop)
     return {
         "ids": np.array(spoken, np.int32),
         "hidden": hidden[start - 1 : start - 1 + len(spoken)].numpy().astype(np.float16),
         "query_embedding": embeds[0, query].numpy().astype(np.float16),
         "query_hidden": hidden[query].numpy().astype(np.float16),
     }
+
+
+def caller_span(reply: Reply, tokenizer: TextTokenizer) -> slice:
+    """Positions of the caller's own words: without the turn's opening tokens and its end token."""
+    if reply.caller < 0:
+        return slice(0, 0)
+    start = len(encode_row(reply.before[: reply.caller], tokenizer).ids)
+    end = len(encode_row(reply.before[: reply.caller + 1], tokenizer).ids)
+    return slice(start + len(tokenizer.encode(chat_turn("user", "", is_open=True))), end - 1)
 
 
 def make_data(path: Path, work_dir: Path, settings: dict[str, Any], seed: int, split: str, count: int) -> None:
@@ -180,9 +187,7 @@ class Replies:
 
 
 @torch.no_grad()
-def evaluate(
-    task: SemanticTask, data: Replies, work_dir: Path, num_spoken: int, sampling: SamplingRules
-) -> dict[str, float]:
+def evaluate(task: SemanticTask, data: Replies, work_dir: Path, num_spoken: int) -> dict[str, float]:
     """Through the projector against the bridge: loss over all replies, words of `num_spoken` of them."""
     scores: dict[str, float] = {}
     chunks = np.array_split(np.arange(len(data)), max(1, len(data) // 16))
@@ -197,7 +202,7 @@ def evaluate(
             if is_plain:
                 semantic = tuple(task.voice_lm.text_vectors(data.tensors(i)[0]) for i in range(num_spoken))
                 queries = (None,) * num_spoken
-            codes = speak(task.voice_lm, list(semantic), sampling, queries=list(queries))
+            codes = speak(task.voice_lm, list(semantic), queries=list(queries))
             scores[f"wer_codes_{name}"], words = wer_of_codes(work_dir, data.texts[:num_spoken], codes)
             scores["words"] = float(words)
     return scores
@@ -266,8 +271,7 @@ def run(stage: StageConfig, work_dir: Path, budget_s: float) -> dict[str, float]
         loop.run(loss_of, on_save, lambda line: print(line, flush=True))
     # The score is of what is shipped, rounding and all.
     shipped = build_task_from_ship(task, work_dir)
-    sampling = SamplingRules(**settings["sampling"])
-    return {**evaluate(shipped, held, work_dir, settings["num_spoken"], sampling), "steps": float(loop.steps)}
+    return {**evaluate(shipped, held, work_dir, settings["num_spoken"]), "steps": float(loop.steps)}
 
 
 def build_task_from_ship(task: SemanticTask, work_dir: Path) -> SemanticTask:

@@ -184,15 +184,19 @@ def teacher_forced_scores(task: VoiceTask, chosen: list[int]) -> dict[str, float
 def speak(
     model: VoiceLm,
     texts: list[Tensor],
-    sampling: SamplingRules,
+    sampling: SamplingRules | None = None,
     interleaved: bool = True,
     seed: int = 0,
     batch_size: int = 16,
     queries: list[Tensor | None] | None = None,
 ) -> list[list[int]]:
-    """Voice tokens for each list of semantic vectors [N, D], by the serving code, `batch_size` calls side by side."""
+    """Voice tokens for each list of semantic vectors [N, D], by the serving code, `batch_size` calls side by side.
+
+    `sampling`: other than the checkpoint's own.
+    """
     said: list[list[int]] = []
-    rules = model.dims.rules(interleaved=interleaved, min_voice_per_text=0.5)
+    rules = model.dims.rules(interleaved=interleaved)
+    sampling = sampling or model.dims.sampling()
     for start in range(0, len(texts), batch_size):
         part = texts[start : start + batch_size]
         cache = model.new_cache(len(part), 1024)
@@ -282,7 +286,7 @@ def spoken_scores(
     texts = [item.text for item in chosen]
     with torch.no_grad():
         semantic = [model.text_vectors(torch.from_numpy(item.ids)) for item in chosen]
-    said = speak(model, semantic, SamplingRules(**settings["sampling"]))
+    said = speak(model, semantic)
     wer, words = wer_of_codes(work_dir, texts, said)
     lengths = sum(map(len, said)) / sum(len(item.voice) for item in chosen)
     true_wer, _ = wer_of_codes(work_dir, texts, [item.voice.tolist() for item in chosen])
