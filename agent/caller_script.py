@@ -153,6 +153,7 @@ class ScriptPlayer:
                     return self._say(Say(pcm, label))
                 return self._timed_out() if waited >= self._samples(timeout_ms) else None
             case Dtmf() | Hangup():
+                self._heard_from = self.sample  # keys are our word, too: the agent's answer comes after them
                 self._next()
                 return [step]
 
