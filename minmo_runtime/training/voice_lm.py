@@ -244,11 +244,15 @@ def run(stage: StageConfig, work_dir: Path, budget_s: float) -> dict[str, float]
     tokenizer = TextTokenizer.from_file(work_dir / "ship" / "text_tokenizer.json")
     spoken, held_out, code_hash = load_spoken_texts(work_dir / CODES_FILE, tokenizer)
     model = build(settings, tokenizer.vocab_size, stage.seed)
+    if part_file(work_dir, PART).exists() and not (stage.folder(work_dir) / "state.safetensors").exists():
+        # A warm start; even from other voice tokens the trunk knows how text and speech go together.
+        model.load_state_dict(load_voice_lm(part_file(work_dir, PART)).state_dict())
     task = VoiceTask(model, spoken, settings, stage.seed)
     held = VoiceTask(model, held_out, settings, stage.seed)
     loop = StepLoop(model, LoopSettings.from_table(settings), stage.folder(work_dir), budget_s, is_trunk_matrix)
     hours = sum(len(item.voice) for item in spoken) / 25 / 3600
     print(f"0h: {len(spoken)} sentences, {hours:.2f} h, {len(held_out)} held out, from step {loop.steps}", flush=True)
+    print(f"before: {teacher_forced_scores(held, list(range(min(48, len(held_out)))))}", flush=True)
     extra = {"voice_tokenizer_hash": code_hash}
 
     def on_save() -> None:
