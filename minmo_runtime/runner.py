@@ -32,7 +32,8 @@ TURN_END, TOOL_CALL, TOOL_CALL_END = "<|im_end|>", "<tool_call>", "</tool_call>"
 _PCM_SCALE = 32768.0
 _CHUNKS_PER_ALIGN_JOB = 2
 _ALIGN_BEYOND_CUT_S = 0.5  # of our own audio behind the cut: it shows whether the last word was complete
-# A voice that does not find its end is stopped: slow speech is about 3 text tokens a second, 25 / 3 = 8.3 voice tokens each.
+# A voice that does not find its end is stopped: slow speech is about 3 text tokens a second, 25 / 3 = 8.3 voice
+# tokens each.
 _MAX_VOICE_PER_TEXT = 12.0
 
 

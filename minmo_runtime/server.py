@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -118,7 +119,10 @@ async def _run(arguments: argparse.Namespace) -> None:
     from minmo_runtime.config import RuntimeConfig
     from minmo_runtime.engine import EngineRuntime, load_engine
 
-    engine = load_engine(Path(arguments.checkpoint), RuntimeConfig(max_streams=arguments.max_streams))
+    settings = json.loads(arguments.config)
+    if arguments.max_streams is not None:
+        settings["max_streams"] = arguments.max_streams
+    engine = load_engine(Path(arguments.checkpoint), RuntimeConfig(**settings))
     runtime = EngineRuntime(engine)
     async with runtime:
         await serve_until_stopped(runtime, Path(arguments.socket))
@@ -128,7 +132,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="MinMo engine process")
     parser.add_argument("--socket", required=True, help="Unix socket to serve at")
     parser.add_argument("--checkpoint", required=True, help="checkpoint folder (checkpoint.toml and weights)")
-    parser.add_argument("--max-streams", type=int, default=4)
+    parser.add_argument("--config", default="{}", help="RuntimeConfig as a JSON object")
+    parser.add_argument("--max-streams", type=int, default=None, help="overrides the config's")
     parser.add_argument("--niceness", type=int, default=ENGINE_NICENESS)
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")

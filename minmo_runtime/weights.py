@@ -5,6 +5,7 @@
     [rates]       frame times (rates.Rates)
     [tokenizers]  text = "text_tokenizer.json", ctc = "ctc_tokenizer.json"
     [encoder] ... one table of sizes per part (the part's Dims; [vocoder] has a `kind` beside them)
+    [sampling]    how voice tokens are drawn (sampling.SamplingRules)
     [files.encoder]   path, sha256, voice_tokenizer_sha256 (voice_lm and flow: which tokenizer their voice tokens are
     from)
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from minmo_runtime.model.projector import InputProjector, ProjectorDims
 from minmo_runtime.model.vocoder import Vocoder, build_vocoder, sample_rate_hz
 from minmo_runtime.model.voice_lm import VoiceLm, VoiceLmDims
 from minmo_runtime.rates import Rates
+from minmo_runtime.sampling import SamplingRules
 from minmo_runtime.text import TextTokenizer
 
 # Every part that serving needs; the others are connectors.
@@ -60,6 +62,10 @@ class Modules:
     projector: InputProjector | None = None
     duplex: DuplexPredictor | None = None
     output_projector: OutputProjector | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of the parts that are there."""
+        return (name for name, module in vars(self).items() if module is not None)
 
 
 _BUILDERS: dict[str, tuple[Callable[[Mapping[str, Any]], Any], Callable[[Any], nn.Module]]] = {
@@ -100,6 +106,7 @@ class Checkpoint:
     text_tokenizer: TextTokenizer
     ctc_tokenizer: Tokenizer
     modules: Modules
+    sampling: SamplingRules = field(default_factory=SamplingRules)  # of voice tokens
     voices: dict[str, Tensor] = field(default_factory=dict)  # name → speaker vector [1, spk_embed_dim] of the flow
     untrained: tuple[str, ...] = ()  # parts that started at random
     warnings: list[str] = field(default_factory=list)
@@ -130,7 +137,18 @@ def read_contents(folder: Path) -> dict[str, Any]:
         contents = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    allowed = {"name", "facts", "rates", "tokenizers", "files", "notes", *_BUILDERS, "voice_tokenizer", "speaker"}
+    allowed = {
+        "name",
+        "facts",
+        "rates",
+        "sampling",
+        "tokenizers",
+        "files",
+        "notes",
+        *_BUILDERS,
+        "voice_tokenizer",
+        "speaker",
+    }
     if unknown := sorted(set(contents) - allowed):
         raise CheckpointError(f"{path}: unknown key {', '.join(unknown)}; allowed: {', '.join(sorted(allowed))}")
     if missing := [key for key in ("name", "tokenizers", *NEEDED) if key not in contents]:
@@ -150,10 +168,16 @@ def facts_of(folder: Path) -> CheckpointFacts:
 
 
 def _facts(contents: Mapping[str, Any]) -> CheckpointFacts:
-    table = contents.get("facts", {})
-    if unknown := sorted(set(table) - set(CheckpointFacts.__dataclass_fields__)):
-        raise CheckpointError(f"[facts]: unknown key {', '.join(unknown)}")
+    table = _known(contents, "facts", CheckpointFacts)
     return CheckpointFacts(**{key: tuple(value) for key, value in table.items()})
+
+
+def _known(contents: Mapping[str, Any], name: str, kind: type) -> dict[str, Any]:
+    """The table `name`, refused if it has a key that the dataclass `kind` has not."""
+    table, allowed = dict(contents.get(name, {})), sorted(kind.__dataclass_fields__)
+    if unknown := sorted(set(table) - set(allowed)):
+        raise CheckpointError(f"[{name}]: unknown key {', '.join(unknown)}; allowed: {', '.join(allowed)}")
+    return table
 
 
 def load_checkpoint(folder: str | Path, seed: int = 0) -> Checkpoint:
@@ -190,6 +214,7 @@ def load_checkpoint(folder: str | Path, seed: int = 0) -> Checkpoint:
         text_tokenizer=TextTokenizer.from_file(_existing(folder / tokenizers["text"])),
         ctc_tokenizer=Tokenizer.from_file(str(_existing(folder / tokenizers["ctc"]))),
         modules=Modules(**modules),  # type: ignore[arg-type]  # one builder per field, by name
+        sampling=SamplingRules(**_known(contents, "sampling", SamplingRules)),
         voices=_voices(folder / str(files.get("voices", {}).get("path", "voices.safetensors"))),
         untrained=tuple(untrained),
     )

@@ -1,0 +1,129 @@
+"""What one second of a call costs in each module, alone and in batches: CPU time of this thread over audio time.
+
+Thread CPU time is what the machine must give, whatever else runs on it; wall time is printed beside it by engine.py.
+Medians of `REPEATS` runs. Each module does exactly the jobs that the runner gives it for `SECONDS` of audio, through
+its streaming form.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from minmo_runtime import features
+from minmo_runtime.config import RuntimeConfig
+from minmo_runtime.model.encoder import EncoderState
+from minmo_runtime.model.interleave import Phase
+from minmo_runtime.runner import Runner
+from minmo_runtime.sampling import SamplingRules
+from minmo_runtime.weights import Checkpoint
+
+REPEATS = 5
+SECONDS = 3.0
+CONTEXT_TOKENS = 256  # in the LLM's cache while it decodes
+
+
+def real_time_factors(checkpoint: Checkpoint, rows: int) -> dict[str, float]:
+    """Part → CPU seconds per second of audio for `rows` calls at once, all listening and all speaking."""
+    runner = Runner(checkpoint, RuntimeConfig(max_streams=max(rows, 1)))
+    jobs: dict[str, Callable[[], None]] = {
+        "features": lambda: _features(rows),
+        "encoder": lambda: _encoder(runner, rows),
+        "llm": lambda: _llm(runner, rows),
+        "voice_lm": lambda: _voice_lm(runner, rows),
+        "flow": lambda: _flow(runner, rows),
+        "vocoder": lambda: _vocoder(runner, rows),
+    }
+    measured = {}
+    with torch.inference_mode():
+        for part, job in jobs.items():
+            job()  # warm: caches, tables, allocator
+            times = []
+            for _ in range(REPEATS):
+                begin = time.thread_time()
+                job()
+                times.append(time.thread_time() - begin)
+            measured[part] = statistics.median(times) / SECONDS
+    measured["sum"] = sum(measured.values())
+    return measured
+
+
+def prefill_ms(checkpoint: Checkpoint, tokens: int) -> float:
+    """CPU milliseconds to put `tokens` text positions into the LLM."""
+    runner = Runner(checkpoint, RuntimeConfig(max_streams=1))
+    ids = torch.ones(1, tokens, dtype=torch.long)
+    times = []
+    with torch.inference_mode():
+        for _ in range(REPEATS + 1):
+            runner.llm_cache.reset(0)
+            begin = time.thread_time()
+            runner.llm(ids, cache=runner.llm_cache, slots=[0])
+            times.append(time.thread_time() - begin)
+    return 1000 * statistics.median(times[1:])
+
+
+def _features(rows: int) -> None:
+    for _ in range(rows):
+        stream = features.FbankStream()
+        for _ in range(round(SECONDS / 0.16)):
+            stream.push(torch.zeros(2560))
+
+
+def _encoder(runner: Runner, rows: int) -> None:
+    encoder, rates = runner.encoder, runner.rates
+    states = [encoder.init_state() for _ in range(rows)]
+    chunk = torch.zeros(rows, runner.chunk_fbank_frames, encoder.dims.num_mel_bins)
+    for _ in range(round(SECONDS / rates.encoder_chunk_s)):
+        hidden, state = encoder.forward_chunk(chunk, EncoderState.stack(states))
+        encoder.ctc_log_probs(hidden)
+        states = [state.row(row) for row in range(rows)]
+
+
+def _llm(runner: Runner, rows: int) -> None:
+    """As many text tokens as the voice consumes: 5 per 15 voice tokens."""
+    rates = runner.rates
+    slots = list(range(rows))
+    runner.llm_cache.lengths[:rows] = [CONTEXT_TOKENS] * rows
+    per_second = rates.text_per_block / (rates.voice_per_block * rates.voice_token_s)
+    ids = torch.ones(rows, 1, dtype=torch.long)
+    for _ in range(round(SECONDS * per_second)):
+        hidden = runner.llm(ids, cache=runner.llm_cache, slots=slots)[:, 0]
+        runner.llm.logits(hidden).argmax(dim=-1)
+
+
+def _voice_lm(runner: Runner, rows: int) -> None:
+    rates, voice_lm = runner.rates, runner.voice_lm
+    num_tokens = round(SECONDS / rates.voice_token_s)
+    num_text = (num_tokens // rates.voice_per_block + 1) * rates.text_per_block
+    streams = []
+    for row in range(rows):
+        runner.voice_cache.reset(row)
+        stream = voice_lm.new_stream(row, row, voice_lm.dims.rules(), SamplingRules())
+        stream.push(torch.zeros(num_text, voice_lm.dims.hidden_size))
+        streams.append(stream)
+    while any(s.turn.phase is not Phase.DONE and len(s.turn.voice_tokens) < num_tokens for s in streams):
+        voice_lm.decode_step(streams, runner.voice_cache)
+
+
+def _flow(runner: Runner, rows: int) -> None:
+    num_tokens = round(SECONDS / runner.rates.voice_token_s)
+    for _ in range(rows):
+        state = runner.flow.new_state(runner.voice)
+        runner.flow.push(state, [1] * num_tokens, is_final=True)
+        while runner.flow.can_step(state):
+            runner.flow.step(state)
+
+
+def _vocoder(runner: Runner, rows: int) -> None:
+    flow = runner.flow.dims
+    frames = round(SECONDS / runner.rates.voice_token_s) * flow.frames_per_token
+    chunk = flow.encoder.static_chunk_size * flow.frames_per_token
+    mel = torch.from_numpy(np.random.default_rng(0).normal(-5, 1, (1, flow.num_mel_bins, frames)).astype(np.float32))
+    for _ in range(rows):
+        state = runner.vocoder.new_state()
+        for begin in range(0, frames, chunk):
+            runner.vocoder.push(mel[..., begin : begin + chunk], state, begin + chunk >= frames)

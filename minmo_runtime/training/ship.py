@@ -1,0 +1,161 @@
+"""From a training work folder to a checkpoint folder that the runtime serves.
+
+`python -m minmo_runtime.training.ship --work WORK --out FOLDER` takes the parts in `WORK/ship`, their sizes
+(`<part>.json`, or "dims" in the weight file's metadata), the two tokenizers and the agent's voice vector, and writes
+checkpoint.toml with a hash for each file. A connector whose gates failed is left out by `--without`: its bridge then
+stands in. It trains nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from minmo_runtime.text import TextTokenizer
+from minmo_runtime.training.stage import STAGES_DIR
+from minmo_runtime.weights import (
+    NEEDED,
+    VOICE_TOKEN_PARTS,
+    CheckpointError,
+    file_hash,
+    load_checkpoint,
+    load_weights,
+    module_of,
+    parts,
+    save_weights,
+    toml_of,
+)
+
+TOKENIZERS = {"text": "text_tokenizer.json", "ctc": "ctc_tokenizer.json"}
+# Which stage's TOML holds a part's sizes where neither the JSON nor the metadata does.
+_STAGE_OF = {"encoder": "0b", "vocoder": "0e", "flow": "0f", "llm": "0g", "voice_lm": "0h"}
+_VOCABULARY = {"llm": "vocab_size", "voice_lm": "text_vocab_size"}
+FACTS: dict[str, Any] = {
+    "languages": ["en"],
+    "dialects": [],
+    "emotions": ["neutral"],
+    "rates": ["normal"],
+    "voices": ["agent"],
+}
+
+
+def sizes_of(ship: Path, part: str) -> dict[str, Any]:
+    """The part's table of sizes."""
+    beside = ship / f"{part}.json"
+    weights = ship / f"{part}.safetensors"
+    if beside.is_file():
+        table = json.loads(beside.read_text())
+    elif weights.is_file() and "dims" in (_metadata(weights)):
+        table = json.loads(_metadata(weights)["dims"])
+    elif part in _STAGE_OF:
+        table = tomllib.loads((STAGES_DIR / f"{_STAGE_OF[part]}.toml").read_text())["settings"]["dims"]
+    else:
+        raise CheckpointError(f"{ship}: the sizes of {part} are neither in {part}.json nor in its weights' metadata")
+    table.pop("code_hash", None)
+    if part in _VOCABULARY:
+        table.setdefault(_VOCABULARY[part], TextTokenizer.from_file(ship / TOKENIZERS["text"]).vocab_size)
+    if part == "vocoder":
+        table.setdefault("kind", "source_filter")
+    return table
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with safe_open(str(path), "pt") as file:
+        return dict(file.metadata() or {})
+
+
+def voice_tokenizer_hash(ship: Path, part: str) -> str:
+    """Which voice tokens a part was trained on; "" where it does not say."""
+    beside = ship / f"{part}.json"
+    if beside.is_file() and "code_hash" in (table := json.loads(beside.read_text())):
+        return str(table["code_hash"])
+    weights = ship / f"{part}.safetensors"
+    metadata = _metadata(weights) if weights.is_file() else {}
+    return metadata.get("code_hash", metadata.get("voice_tokenizer", ""))
+
+
+def assemble(
+    ship: Path,
+    out: Path,
+    name: str = "nano",
+    without: tuple[str, ...] = (),
+    facts: dict[str, Any] = FACTS,
+    sampling: dict[str, Any] | None = None,
+    dtype: str = "bfloat16",
+) -> list[str]:
+    """Write `out`; returns what is missing or was left out. The folder is loaded once, so what is written can be
+    served."""
+    out.mkdir(parents=True, exist_ok=True)
+    remarks: list[str] = []
+    tables: dict[str, Any] = {}
+    files: dict[str, Any] = {}
+    for part in parts():
+        source = ship / f"{part}.safetensors"
+        if part in without or not (source.is_file() or part in NEEDED):
+            remarks.append(f"{part}: left out" if part in without else f"{part}: not trained")
+            (out / f"{part}.safetensors").unlink(missing_ok=True)
+            continue
+        tables[part] = sizes_of(ship, part)
+        if not source.is_file():
+            remarks.append(f"{part}: no weights, starts at random (UNTRAINED)")
+            (out / f"{part}.safetensors").unlink(missing_ok=True)
+            continue
+        module = module_of(part, tables[part])
+        load_weights(module, source)
+        save_weights(module, out / f"{part}.safetensors", dtype)
+        files[part] = {"path": f"{part}.safetensors", "sha256": file_hash(out / f"{part}.safetensors")}
+        if part in VOICE_TOKEN_PARTS and (digest := voice_tokenizer_hash(ship, part)):
+            files[part]["voice_tokenizer_sha256"] = digest
+    for file in TOKENIZERS.values():
+        shutil.copyfile(ship / file, out / file)
+    for extra in ("voices.safetensors", "MODEL_CARD.md"):
+        if (ship / extra).is_file():
+            shutil.copyfile(ship / extra, out / extra)
+    contents = {
+        "name": name,
+        "facts": facts,
+        "tokenizers": TOKENIZERS,
+        "sampling": sampling if sampling is not None else _stage_sampling(),
+        **tables,
+        "files": files,
+    }
+    (out / "checkpoint.toml").write_text(toml_of(contents), encoding="utf-8")
+    checkpoint = load_checkpoint(out)
+    size = sum(path.stat().st_size for path in out.glob("*.safetensors")) / 2**20
+    remarks.append(f"{checkpoint.label}: {size:.1f} MiB, bridges=[{', '.join(checkpoint.bridges)}]")
+    return remarks
+
+
+def _stage_sampling() -> dict[str, Any]:
+    """How the voice LM was scored is how it is served."""
+    return dict(tomllib.loads((STAGES_DIR / "0h.toml").read_text())["settings"].get("sampling", {}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make a checkpoint folder out of a training work folder")
+    parser.add_argument("--work", type=Path, required=True, help="work folder of training (with ship/ inside)")
+    parser.add_argument("--out", type=Path, required=True, help="checkpoint folder to write")
+    parser.add_argument("--name", default="nano")
+    parser.add_argument(
+        "--without", nargs="*", default=[], help="connectors whose gates failed: their bridges stand in"
+    )
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "int8"))
+    arguments = parser.parse_args()
+    try:
+        remarks = assemble(
+            arguments.work / "ship", arguments.out, arguments.name, tuple(arguments.without), dtype=arguments.dtype
+        )
+    except CheckpointError as error:
+        sys.exit(str(error))
+    print("\n".join(remarks))
+
+
+if __name__ == "__main__":
+    main()
