@@ -6,6 +6,7 @@ model card). Definitions: docs/evaluation.md.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,9 +14,14 @@ import torch
 from tokenizers import Tokenizer
 
 from minmo_runtime.model.encoder import collapse
+from minmo_runtime.model.flow import Flow, FlowDims
 from minmo_runtime.text import speak_digits
 from minmo_runtime.training.data import plain_words
 from minmo_runtime.training.encoder import word_error_rate
+from minmo_runtime.training.flow import load_shipped_vocoder, make_waves
+from minmo_runtime.training.listener import Listener
+from minmo_runtime.training.resume import load_tensors
+from minmo_runtime.training.stage import part_file
 from minmo_runtime.training.tokenizer import load_tokenizer
 
 
@@ -38,3 +44,22 @@ def wer_of_codes(work_dir: Path, texts: Sequence[str], codes: Sequence[Sequence[
         log_probs = tokenizer.ctc_from_tokens(ids, torch.tensor([ids.shape[1]]))
         heard.append(pieces.decode(collapse(log_probs[0].argmax(-1))).strip())
     return word_error_rate([spoken_words(text) for text in texts], heard)
+
+
+@torch.inference_mode()
+def wer_of_waves(work_dir: Path, texts: Sequence[str], codes: Sequence[Sequence[int]]) -> tuple[float, int]:
+    """(WER, words) of voice tokens made audible by the shipped flow and vocoder and heard by the shipped encoder."""
+    table = json.loads(part_file(work_dir, "flow").with_suffix(".json").read_text())
+    table.pop("code_hash", None)
+    flow = Flow(FlowDims.from_dict(table)).eval()
+    flow.load_state_dict({name: t.float() for name, t in load_tensors(part_file(work_dir, "flow"))[0].items()})
+    embedding = torch.zeros(1, flow.dims.spk_embed_dim)
+    mels = [flow(torch.tensor([list(map(int, row)) or [0]]), embedding) for row in codes]
+    waves = make_waves(load_shipped_vocoder(work_dir), mels)
+    heard = Listener(work_dir).score([spoken_words(text) for text in texts], waves)
+    return heard.wer, heard.words
+
+
+def can_be_heard(work_dir: Path) -> bool:
+    """Whether flow and vocoder are there."""
+    return all(part_file(work_dir, part).exists() for part in ("flow", "vocoder"))

@@ -26,7 +26,7 @@ from minmo_runtime.model.interleave import IGNORED, Phase, RowKind, training_lay
 from minmo_runtime.model.voice_lm import VoiceLm, VoiceLmDims
 from minmo_runtime.sampling import SamplingRules
 from minmo_runtime.text import DIGIT_WORDS, TextTokenizer
-from minmo_runtime.training.evaluate import wer_of_codes
+from minmo_runtime.training.evaluate import can_be_heard, wer_of_codes, wer_of_waves
 from minmo_runtime.training.loop import LoopSettings, StepLoop
 from minmo_runtime.training.resume import load_tensors, save_tensors
 from minmo_runtime.training.stage import StageConfig, part_file
@@ -219,8 +219,27 @@ def is_trunk_matrix(name: str, parameter: Tensor) -> bool:
 
 
 def build(settings: dict[str, Any], text_vocab_size: int, seed: int) -> VoiceLm:
+    """A model before training."""
     dims = VoiceLmDims.from_dict({**settings["dims"], "text_vocab_size": text_vocab_size})
-    return VoiceLm(dims).init_weights(torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    model = VoiceLm(dims).init_weights(generator)
+    start_from_digits(model, settings["fsq_levels"], generator)
+    return model
+
+
+@torch.no_grad()
+def start_from_digits(model: VoiceLm, levels: list[int], generator: torch.Generator) -> None:
+    """Rows of the token table and of the head as sums over the token's FSQ digits: neighbours in sound start as neighbours."""
+    ids = torch.arange(model.dims.speech_token_size)
+    digits = torch.zeros(len(ids), len(levels))
+    for place, level in enumerate(levels):
+        digits[:, place] = ids % level - (level - 1) / 2
+        ids = ids // level
+    size = model.dims.hidden_size
+    for weight, scale in ((model.speech_embedding.weight, 0.1), (model.llm_decoder.weight, 0.5 * size**-0.5)):
+        mixing = torch.randn(len(levels), size, generator=generator) / len(levels) ** 0.5
+        rows = weight[: len(digits)]
+        rows.copy_(0.5 * rows + scale * (digits @ mixing))
 
 
 def load_voice_lm(path: Path) -> VoiceLm:
@@ -287,16 +306,22 @@ def spoken_scores(
 ) -> dict[str, float]:
     """Words of what the voice LM says, interleaved as in service, beside those of the true voice tokens."""
     chosen = sentences[: settings["num_spoken"]]
+    if not chosen:
+        return {}
     texts = [item.text for item in chosen]
     with torch.no_grad():
         semantic = [model.text_vectors(torch.from_numpy(item.ids)) for item in chosen]
     said = speak(model, semantic)
     wer, words = wer_of_codes(work_dir, texts, said)
     lengths = sum(map(len, said)) / sum(len(item.voice) for item in chosen)
-    true_wer, _ = wer_of_codes(work_dir, texts, [item.voice.tolist() for item in chosen])
-    return {
+    true = [item.voice.tolist() for item in chosen]
+    scores = {
         "wer_codes_voice_lm": wer,
-        "wer_codes_true": true_wer,
+        "wer_codes_true": wer_of_codes(work_dir, texts, true)[0],
         "words": float(words),
         "length_ratio": lengths,
     }
+    if can_be_heard(work_dir):
+        scores["wer_voice_lm"] = wer_of_waves(work_dir, texts, said)[0]
+        scores["wer_resynthesis"] = wer_of_waves(work_dir, texts, true)[0]
+    return scores
