@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import socket
 import statistics
@@ -128,7 +129,8 @@ async def _call(
     async for event in leg.events():
         _note(report, event, placed_at_s)
         for action in player.on_event(event):
-            await _carry_out(leg, player, action)
+            with contextlib.suppress(contract.LegError):  # the agent hung up a moment ago; the next event says so
+                await _carry_out(leg, player, action)
         if on_event is not None:
             on_event(event, player)
     deadline.cancel()

@@ -1,7 +1,8 @@
 """CONTRACT: one leg, as commands in and events out.
 
-A leg is one signalling relation with one party (RFC 3261 dialog plus its media). Whoever implements it, pjsua2 in a worker
-process, aiortc, or the in-memory loopback, speaks exactly these messages; the agent knows nothing else about telephony.
+A leg is one signalling relation with one party (RFC 3261 dialog plus its media). Whoever implements it, pjsua2 in a
+worker process, aiortc, or the in-memory loopback, speaks exactly these messages; the agent knows nothing else about
+telephony.
 
 Every message is a frozen, tagged struct of builtins, so the same contract suite runs in-process and over a Unix socket.
 Time is counted in samples of the leg's own rate, never in seconds of a clock.
@@ -72,7 +73,8 @@ class DtmfReceived(Message, frozen=True):
 
 
 class PlayoutProgress(Message, frozen=True):
-    """The wire's read counter: `played_samples` of item `item_id` have left (leg rate). Sent at least every 100 ms while playing."""
+    """The wire's read counter: `played_samples` of item `item_id` have left (leg rate). Sent at least every 100 ms
+    while playing."""
 
     item_id: str
     played_samples: int
@@ -128,7 +130,8 @@ class Reject(Message, frozen=True):
 class Play(Message, frozen=True):
     """Append audio to play-out item `item_id` (items play in the order they were first named).
 
-    `pcm` int16 mono at `sample_rate_hz`; the leg resamples. Bounded: the leg keeps at most 30 s unplayed and refuses more.
+    `pcm` int16 mono at `sample_rate_hz`; the leg resamples. Bounded: the leg keeps at most 30 s unplayed and refuses
+    more.
     """
 
     item_id: str
@@ -170,7 +173,15 @@ class Refer(Message, frozen=True):
 
 
 LegEvent = (
-    LegIncoming | LegStateChanged | AudioFrame | DtmfReceived | PlayoutProgress | Flushed | ReferResult | WireMetric | LegDisconnected
+    LegIncoming
+    | LegStateChanged
+    | AudioFrame
+    | DtmfReceived
+    | PlayoutProgress
+    | Flushed
+    | ReferResult
+    | WireMetric
+    | LegDisconnected
 )
 LegCommand = Answer | Reject | Play | Flush | Duck | Pause | Resume | Hangup | Refer
 

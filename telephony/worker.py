@@ -171,7 +171,7 @@ class Worker:
             if leg.leg_id not in self._given_up and self._link.is_connected:
                 self._open(leg, is_resumed=False)
         if isinstance(event, LegDisconnected):
-            for progress in leg.port.final_progress():
+            for progress in leg.media.final_progress():
                 self._link.send(progress)
         self._link.send(event)
         if isinstance(event, LegDisconnected):
@@ -187,16 +187,16 @@ class Worker:
         opened = LegOpened(
             leg_id=leg.leg_id, direction=leg.direction, sample_rate_hz=self.config.sample_rate_hz,
             to_agent_bytes=rings.to_agent_bytes, to_worker_bytes=rings.to_worker_bytes, is_resumed=is_resumed,
-            state=leg.state, played=leg.port.played() if is_resumed else {},
+            state=leg.state, played=leg.media.played() if is_resumed else {},
         )  # fmt: skip
         self._link.send(opened, (rings.fd, outlet.wake_fd))
         if is_resumed:
             for event in leg.story():
                 self._link.send(event)
-        leg.port.attach(rings, outlet.wake_fd)
+        leg.media.attach(rings, outlet.wake_fd)
 
     def _close_outlet(self, leg: SipLeg) -> None:
-        leg.port.attach(None)
+        leg.media.attach(None)
         outlet = self._outlets.pop(leg.leg_id, None)
         if outlet is not None:  # the clock thread may be using it this very moment
             self._buried.append((self._now_s + _RING_BURIAL_S, outlet))
@@ -210,12 +210,12 @@ class Worker:
             print(f"worker: agent {self._watch.state}: {action} ({len(self._endpoint.legs)} legs)", file=sys.stderr)
         for leg in list(self._endpoint.legs.values()):
             if action is WatchAction.APOLOGISE_IF_SILENT:
-                if leg.port.is_idle:
+                if leg.media.is_idle:
                     self._play_apology(leg)
             elif action is WatchAction.APOLOGISE:
                 self._close_outlet(leg)
                 if leg.state is LegState.CONFIRMED:
-                    leg.port.local_commands.append(Flush(leg_id=leg.leg_id))
+                    leg.media.local_commands.append(Flush(leg_id=leg.leg_id))
                     self._play_apology(leg)
                 elif leg.direction == "inbound":
                     leg.refuse(503, self.config.retry_after_s, Cause.AGENT_LOST)
@@ -227,7 +227,7 @@ class Worker:
     def _play_apology(self, leg: SipLeg) -> None:
         if self._apology and leg.state is LegState.CONFIRMED:
             item_id = f"{APOLOGY_ITEM}-{self._now_s:.3f}"
-            leg.port.local_commands.append(Play(
+            leg.media.local_commands.append(Play(
                 leg_id=leg.leg_id, item_id=item_id, pcm=self._apology, sample_rate_hz=self.config.sample_rate_hz,
                 is_final=True,
             ))  # fmt: skip

@@ -19,7 +19,7 @@ from telephony.config import TelephonyConfig
 from telephony.leg import LegEvent, LegIncoming, LegState, LegStateChanged
 from telephony.sip.causes import Cause, cause_of_status
 from telephony.sip.leg import SipLeg
-from telephony.sip.media_port import check_frame_copy
+from telephony.sip.media_port import MediaPorts, check_frame_copy
 from telephony.sip.trunk import caller_of, check_outbound, clean, is_allowed_source, read_invite, split_uri
 from telephony.wire import PlaceCall
 
@@ -59,7 +59,8 @@ class SipEndpoint:
         self._start_library()
         self.sip_port = self._start_transport()
         self._set_codecs()
-        self._playback = self._endpoint.audDevManager().getPlaybackDevMedia()
+        playback = self._endpoint.audDevManager().getPlaybackDevMedia()
+        self._ports = MediaPorts(self.max_calls + 1, config, playback)
         self._account = self._start_account()
 
     # ------------------------------------------------------------------- start
@@ -145,7 +146,7 @@ class SipEndpoint:
 
     def on_invite(self, prm: pj.OnIncomingCallParam) -> None:
         leg = SipLeg(
-            self._account, self.config, uuid.uuid4().hex[:16], "inbound", self._on_leg, self._playback, prm.callId
+            self._account, self.config, uuid.uuid4().hex[:16], "inbound", self._on_leg, self._ports, prm.callId
         )
         source = prm.rdata.srcAddress
         status = self._admission() if is_allowed_source(source, self.config) else 403
@@ -171,7 +172,7 @@ class SipEndpoint:
     def place_call(self, request: PlaceCall) -> SipLeg:
         """INVITE; TrunkRefused when the host is not configured. The leg's first event comes with the next `poll`."""
         check_outbound(request.uri, self.config)
-        leg = SipLeg(self._account, self.config, request.leg_id, "outbound", self._on_leg, self._playback)
+        leg = SipLeg(self._account, self.config, request.leg_id, "outbound", self._on_leg, self._ports)
         param = pj.CallOpParam(True)
         param.opt.audioCount, param.opt.videoCount = 1, 0
         if request.from_user or request.display_name:

@@ -1,6 +1,6 @@
 """One SIP dialog as a leg: pjsua2's callbacks become LegEvents, LegCommands become SIP (RFC 3261).
 
-Lives in a media worker and on its main thread only; sample data is `sip/media_port.py`'s. Knows no agent and no
+Lives in a media worker and on its main thread only; sample data is `leg_media.py`'s. Knows no agent and no
 socket: it tells a `sink`. The media port runs from CONFIRMED to the end, on hold too, because it is the leg's clock.
 """
 
@@ -28,8 +28,9 @@ from telephony.leg import (
     Refer,
     Reject,
 )  # fmt: skip
+from telephony.leg_media import LegMedia
 from telephony.sip.causes import Cause, cause_of_hangup, cause_of_status
-from telephony.sip.media_port import MediaPort
+from telephony.sip.media_port import MediaPort, MediaPorts
 from telephony.sip.refer import INBOUND_REFER_STATUS, OutboundRefer, check_refer_to
 from telephony.states import check_legal
 
@@ -64,15 +65,17 @@ class SipLeg(pj.Call):
 
     def __init__(
         self, account: pj.Account, config: TelephonyConfig, leg_id: str, direction: str,
-        sink: Callable[[SipLeg, LegEvent], None], playback: pj.AudioMedia, call_id: int = pj.PJSUA_INVALID_ID,
+        sink: Callable[[SipLeg, LegEvent], None], ports: MediaPorts, call_id: int = pj.PJSUA_INVALID_ID,
     ) -> None:  # fmt: skip
         super().__init__(account, call_id)
         self.leg_id, self.direction = leg_id, direction
         self.state = LegState.INCOMING if direction == "inbound" else LegState.NULL
-        self.port = MediaPort(leg_id, config)
+        self.media = LegMedia(leg_id, config)
+        self._ports = ports
+        self._port: MediaPort | None = None  # from CONFIRMED to the end
         self.incoming: LegIncoming | None = None
         self.refer: OutboundRefer | None = None
-        self._config, self._sink, self._playback = config, sink, playback
+        self._config, self._sink = config, sink
         self._cause: Cause | None = None  # set when it is we who end the call
         self._has_media = False
         self._started_at_s = 0.0
@@ -138,7 +141,7 @@ class SipLeg(pj.Call):
                 self._sink(self, result)
         if self.state is LegState.CONFIRMED and self._config.rtp_timeout_s and self._has_media:
             packets = self._received_packets()
-            if packets != self._rtp_packets or self.port.is_held:
+            if packets != self._rtp_packets or self.media.is_held:
                 self._rtp_packets, self._rtp_changed_at_s = packets, now_s
             elif now_s - self._rtp_changed_at_s > self._config.rtp_timeout_s:
                 self.end(Cause.MEDIA_TIMEOUT)
@@ -146,12 +149,15 @@ class SipLeg(pj.Call):
     def story(self) -> list[LegEvent]:
         """What a new agent has to be told about a leg that is older than it."""
         codec = self._codec() if self.state is LegState.CONFIRMED else ""
-        changed = LegStateChanged(leg_id=self.leg_id, state=self.state, sample=self.port.sample, codec=codec)
+        changed = LegStateChanged(leg_id=self.leg_id, state=self.state, sample=self.media.sample, codec=codec)
         return [changed] if self.incoming is None else [self.incoming, changed]
 
     def dispose(self) -> None:
-        """Stop the media callback; the caller keeps `self` a little longer than that."""
-        self.port.attach(None)
+        """After DISCONNECTED: no tick comes any more."""
+        self.media.attach(None)
+        if self._port is not None:
+            self._ports.take_back(self._port)
+            self._port = None
 
     # ---------------------------------------------------------- pjsip callbacks
 
@@ -164,7 +170,7 @@ class SipLeg(pj.Call):
             return
         self.state = state
         codec = self._codec() if state is LegState.CONFIRMED else ""
-        self._sink(self, LegStateChanged(leg_id=self.leg_id, state=state, sample=self.port.sample, codec=codec))
+        self._sink(self, LegStateChanged(leg_id=self.leg_id, state=state, sample=self.media.sample, codec=codec))
         if state is LegState.CONFIRMED:
             self._start_media()  # after the news, so that the agent hears of the answer before it hears audio
         if state is LegState.DISCONNECTED:
@@ -175,13 +181,13 @@ class SipLeg(pj.Call):
         info = self.getInfo()  # named, because SWIG frees it with its last reference while `media` points into it
         statuses = [media.status for media in info.media if media.type == pj.PJMEDIA_TYPE_AUDIO]
         self._has_media = any(status != pj.PJSUA_CALL_MEDIA_NONE for status in statuses)
-        self.port.is_held = pj.PJSUA_CALL_MEDIA_ACTIVE not in statuses
+        self.media.is_held = pj.PJSUA_CALL_MEDIA_ACTIVE not in statuses
         if self.state is LegState.CONFIRMED:
             self._start_media()
 
     @_guarded
     def onDtmfDigit(self, prm: pj.OnDtmfDigitParam) -> None:
-        self._sink(self, DtmfReceived(leg_id=self.leg_id, digit=prm.digit, sample=self.port.sample))
+        self._sink(self, DtmfReceived(leg_id=self.leg_id, digit=prm.digit, sample=self.media.sample))
 
     @_guarded
     def onCallTransferRequest(self, prm: pj.OnCallTransferRequestParam) -> None:
@@ -203,12 +209,13 @@ class SipLeg(pj.Call):
     # ------------------------------------------------------------------ private
 
     def _start_media(self) -> None:
-        """Join port and stream. The null device listens too, so pjmedia asks for our samples even on hold."""
-        self.port.startTransmit(self._playback)
-        if self._has_media and not self.port.is_held:
+        """Join port and stream; again after a re-INVITE, which may have made a new stream."""
+        if self._port is None:
+            self._port = self._ports.lend(self.media)
+        if self._has_media and not self.media.is_held:
             stream = self.getAudioMedia(-1)
-            self.port.startTransmit(stream)
-            stream.startTransmit(self.port)
+            self._port.startTransmit(stream)
+            stream.startTransmit(self._port)
 
     def _codec(self) -> str:
         if not self._has_media:

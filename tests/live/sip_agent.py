@@ -21,6 +21,7 @@ from telephony.leg import (
     Answer,
     DtmfReceived,
     LegDisconnected,
+    LegError,
     LegEvent,
     LegIncoming,
     LegState,
@@ -118,19 +119,23 @@ class ToneAgent:
         leg.set_tap(lambda _start, received, _sent: call.heard.extend(received))
         async for event in leg.events():
             call.events.append(event)
-            match event:
-                case LegIncoming():
-                    await leg.send(Answer(leg_id=leg.leg_id))
-                case LegStateChanged(state=LegState.CONFIRMED):
-                    play = Play(
-                        leg_id=leg.leg_id, item_id="voice", pcm=self.voice.tobytes(), sample_rate_hz=RATE, is_final=True
-                    )
-                    await leg.send(play)
-                    if self._refer_to:
-                        asyncio.get_running_loop().call_later(self._refer_after_s, self._refer, leg)
-                case ReferResult():
-                    leg.hang_up("transferred")
+            with contextlib.suppress(LegError):  # the caller hung up a moment ago; the next event says so
+                await self._react(leg, event)
         call.is_over.set()
+
+    async def _react(self, leg: WorkerLeg, event: LegEvent) -> None:
+        match event:
+            case LegIncoming():
+                await leg.send(Answer(leg_id=leg.leg_id))
+            case LegStateChanged(state=LegState.CONFIRMED):
+                play = Play(
+                    leg_id=leg.leg_id, item_id="voice", pcm=self.voice.tobytes(), sample_rate_hz=RATE, is_final=True
+                )
+                await leg.send(play)
+                if self._refer_to:
+                    asyncio.get_running_loop().call_later(self._refer_after_s, self._refer, leg)
+            case ReferResult():
+                leg.hang_up("transferred")
 
     def _refer(self, leg: WorkerLeg) -> None:
         self._client.send(Refer(leg_id=leg.leg_id, refer_to=self._refer_to))
