@@ -280,7 +280,7 @@ class CallStore:
                 on_segment=lambda segment: self._keep_segment(call_id, segment),
                 run=self._run_recording,
             )
-        self.update_call(call_id, now=now, recording_policy=policy, recording_folder=f"recordings/{call_id}")
+        self.update_call(call_id, now=now, recording_policy=policy)
         return call.recorder
 
     def notice_finished(self, call_id: str, sample: int, *, now: dt.datetime) -> None:

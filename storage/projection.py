@@ -32,7 +32,7 @@ from storage.entries import (
 )
 
 UPDATABLE_CALL = frozenset(
-    "answered_at codec checkpoint bridges style language campaign campaign_version recording_policy recording_folder "
+    "answered_at codec checkpoint bridges style language campaign campaign_version recording_policy "
     "notice_end_sample".split()
 )
 UPDATABLE_TURN = frozenset(

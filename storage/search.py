@@ -21,7 +21,6 @@ from storage.recordings import RecordingReader, Segment
 from storage.tables import row_as_dict
 
 MAX_ROWS = 500
-_PRIVATE = {"recording_folder"}
 
 
 class CallReader:
@@ -56,7 +55,7 @@ class CallReader:
         """
         c = tables.calls.c
         num_turns = sa.select(sa.func.count()).where(tables.turns.c.call_id == c.call_id).scalar_subquery()
-        query = sa.select(*_public(tables.calls), num_turns.label("num_turns")).order_by(c.started_at.desc(), c.call_id)
+        query = sa.select(tables.calls, num_turns.label("num_turns")).order_by(c.started_at.desc(), c.call_id)
         if before is not None:
             query = query.where(c.started_at < before)
         if campaign:
@@ -71,7 +70,7 @@ class CallReader:
 
     def get_call(self, call_id: str) -> dict[str, Any]:
         """The call with `turns`, `metrics`, `tool_calls`, `callback_requests`, `defects` and `recording` (or None)."""
-        rows = self._rows(sa.select(*_public(tables.calls)).where(tables.calls.c.call_id == call_id))
+        rows = self._rows(sa.select(tables.calls).where(tables.calls.c.call_id == call_id))
         if not rows:
             raise UnknownCall(call_id)
         call = rows[0]
@@ -141,10 +140,6 @@ class CallReader:
     def _rows(self, query: sa.Select[Any]) -> list[dict[str, Any]]:
         with self.engine.connect() as connection:
             return [row_as_dict(row) for row in connection.execute(query)]
-
-
-def _public(table: sa.Table) -> list[sa.Column[Any]]:
-    return [column for column in table.c if column.name not in _PRIVATE]
 
 
 def _contains(text: str) -> sa.ColumnElement[bool]:

@@ -89,7 +89,6 @@ calls = sa.Table(
     sa.Column("style", sa.JSON),  # the policy's decision, reasons included
     _text("language", length=16),
     _text("recording_policy", "off", 16),
-    _text("recording_folder"),  # relative to the store's folder; never leaves the server
     sa.Column("notice_end_sample", _Samples),
     sa.Index("ix_calls_campaign_started_at", "campaign", "started_at"),
 )

@@ -209,7 +209,8 @@ def _add_calls(app: FastAPI, reader: CallReader, clock: Clock, auditor: _Auditor
         seconds = recording.num_samples / recording.sample_rate_hz
         return {"seconds": seconds, "caller": [caller for caller, _ in peaks], "agent": [agent for _, agent in peaks]}
 
-    @app.api_route("/api/calls/{call_id}/recording", methods=["GET", "HEAD"], response_class=Response)
+    @app.head("/api/calls/{call_id}/recording", response_class=Response, include_in_schema=False)
+    @app.get("/api/calls/{call_id}/recording", response_class=Response)
     def get_recording(
         request: Request, call_id: str, range_header: Annotated[str, Header(alias="range")] = ""
     ) -> Response:

@@ -72,7 +72,7 @@ def test_command_line_answers_are_json(filled: CallStore, config: StorageConfig)
     assert show.last_call_id(config) == "c4"
     shown = show.show_call(config, "c4", has_events=True)
     assert shown["started_at"].startswith("2026-11-22T16:04:00") and len(shown["events"]) == 3
-    assert "recording_folder" not in show.as_json(shown)
+    assert '"call_id": "c4"' in show.as_json(shown)
     assert [call["call_id"] for call in show.list_calls(config, limit=1)] == ["c4"]
     assert "calls" in show.create(config)["tables"]
     assert show.seed(config)["new_orders"] == 400
