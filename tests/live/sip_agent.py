@@ -160,3 +160,9 @@ async def until(condition, limit_s: float = 15.0) -> None:
     async with asyncio.timeout(limit_s):
         while not condition():  # noqa: ASYNC110 - it is another process that changes it
             await asyncio.sleep(0.02)
+
+
+def loud_seconds(heard: np.ndarray) -> float:
+    """How long there was sound, in 20 ms blocks."""
+    blocks = np.abs(heard[: len(heard) // 160 * 160].astype(float)).reshape(-1, 160).mean(axis=1)
+    return float(np.sum(blocks > 200) * 0.02)

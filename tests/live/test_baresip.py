@@ -14,7 +14,17 @@ import pytest
 
 pytest.importorskip("pjsua2")
 
-from tests.live.sip_agent import RATE, read_wav, similarity, tone_agent, until, warble, write_wav  # noqa: E402
+from tests.live.sip_agent import (  # noqa: E402
+    RATE,
+    loud_seconds,
+    read_wav,
+    similarity,
+    tone_agent,
+    until,
+    warble,
+    write_wav,
+)
+from tests.live.stack import whole_stack  # noqa: E402
 
 pytestmark = [pytest.mark.live, pytest.mark.peers("baresip")]
 
@@ -156,3 +166,19 @@ async def test_blind_transfer_is_carried_out_and_its_outcome_reported(tmp_path):
                 assert agent.calls[0].ended.cause == "transferred"
                 await until(lambda: target.calls and len(target.calls[0].heard) > RATE)
                 assert target.calls[0].incoming.did == "200"
+
+
+@pytest.mark.parametrize("kind", ["fake engine", "weights"])
+async def test_whole_stack_greets_baresip_and_keeps_a_row_of_the_call(kind, tmp_path):
+    async with whole_stack(kind, tmp_path) as stack:
+        with baresip(tmp_path / "b", silence(60), dial=f"sip:100@{stack.address}") as peer:
+            await until(lambda: any(row["state"] != "closed" for row in stack.call_rows()))
+            await asyncio.sleep(4)
+            peer.press("b")
+            await until(lambda: stack.call_rows()[0]["state"] == "closed")
+            peer.press("q")
+            await until(lambda: peer.process.poll() is not None)
+            assert loud_seconds(peer.heard()) > 1.0, "no greeting"
+        (row,) = stack.call_rows()
+        assert (row["did"], row["ani"], row["ended_by"]) == ("100", "baresip", "caller")
+        assert row["codec"] in ("PCMU/8000", "PCMA/8000")

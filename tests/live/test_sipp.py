@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("pjsua2")
 
 from tests.live.sip_agent import similarity, tone_agent, until, warble  # noqa: E402
+from tests.live.stack import whole_stack  # noqa: E402
 
 pytestmark = [pytest.mark.live, pytest.mark.peers("sipp")]
 
@@ -143,3 +144,13 @@ async def test_twelve_calls_three_at_a_time_all_succeed(tmp_path):
         await asyncio.sleep(0.3)
         assert len(agent.calls) == 12 and all(call.is_over.is_set() for call in agent.calls)
         assert {call.ended.cause for call in agent.calls} == {"normal"}
+
+
+@pytest.mark.parametrize("kind", ["fake engine", "weights"])
+async def test_whole_stack_takes_three_calls_of_sipp_and_keeps_their_rows(kind, tmp_path):
+    async with whole_stack(kind, tmp_path) as stack:
+        with sipp(tmp_path, stack.address, 2500, "", ("-m", "3", "-l", "3", "-r", "2")) as process:
+            await until(lambda: process.poll() is not None, 25)
+            assert process.returncode == 0, errors_of(tmp_path)
+        await until(lambda: [row["state"] for row in stack.call_rows()] == ["closed"] * 3)
+        assert {(row["ani"], row["ended_by"]) for row in stack.call_rows()} == {("sipp", "caller")}
