@@ -27,7 +27,7 @@ from minmo_runtime.model.flow_encoder import padding_mask
 from minmo_runtime.model.vocoder import Vocoder, build_vocoder, load_vocoder
 from minmo_runtime.training.listener import Listener
 from minmo_runtime.training.loop import LoopSettings, StepLoop, freeze_except
-from minmo_runtime.training.resume import save_tensors
+from minmo_runtime.training.resume import load_tensors, save_tensors
 from minmo_runtime.training.stage import StageConfig, part_file
 
 PART = "flow"
@@ -172,8 +172,35 @@ def ship(tensors: dict[str, Tensor], dims: FlowDims, code_hash: str, work_dir: P
 
 
 @torch.no_grad()
-def _start_from_average_mel(flow: Flow, speech: VoiceTokenSpeech) -> None:
-    """The first mean is the average mel, the first direction is zero: both are where the steps should begin."""
+def _start(flow: Flow, speech: VoiceTokenSpeech, levels: list[int], work_dir: Path) -> None:
+    """Where the first step begins: the shipped flow if it has our sizes, else good first guesses.
+
+    A shipped flow of other voice tokens still knows how speech moves: only its token table is begun anew.
+    """
+    _start_from_scratch(flow, speech, levels)
+    path = part_file(work_dir, PART)
+    if not path.exists():
+        return
+    table, (weights, _) = json.loads(path.with_suffix(".json").read_text()), load_tensors(path)
+    if table.get("code_hash") != speech.code_hash:
+        weights.pop("input_embedding.weight")
+    wanted = flow.state_dict()
+    if all(name in wanted and wanted[name].shape == tensor.shape for name, tensor in weights.items()):
+        flow.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, strict=False)
+        print(
+            f"0f: warm start from {path.name}, token table {'kept' if len(weights) == len(wanted) else 'new'}",
+            flush=True,
+        )
+
+
+def _start_from_scratch(flow: Flow, speech: VoiceTokenSpeech, levels: list[int]) -> None:
+    """The first mean is the average mel, the first direction is zero, and tokens with like FSQ digits are alike."""
+    digits, rest = torch.zeros(flow.dims.vocab_size, len(levels)), torch.arange(flow.dims.vocab_size)
+    for place, level in enumerate(levels):  # the id is a mixed-base number, first digit least significant
+        digits[:, place] = rest % level - (level - 1) / 2
+        rest = rest // level
+    mixing = torch.randn(len(levels), flow.dims.encoder.output_size) / len(levels) ** 0.5
+    flow.input_embedding.weight.mul_(0.1).add_(digits @ mixing)
     average = np.mean([mel.astype(np.float32).mean(1) for mel in speech.mels], axis=0)
     flow.encoder_proj.bias.copy_(torch.from_numpy(average))
     torch.nn.init.zeros_(flow.decoder.estimator.final_proj.weight)
@@ -215,7 +242,7 @@ def run(stage: StageConfig, work_dir: Path, budget_s: float) -> dict[str, float]
     size = sum(p.numel() for p in flow.parameters())
     print(f"0f: {len(train.texts)} utterances, {total / 60:.0f} min, {size} parameters", flush=True)
     mean_only = replace(dims, n_timesteps=0)
-    _start_from_average_mel(flow, train)
+    _start(flow, train, settings["fsq_levels"], work_dir)
 
     def save(loop: StepLoop) -> None:  # an early reader gets the mean
         ship(loop.averaged_state(), mean_only, train.code_hash, work_dir)
