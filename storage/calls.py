@@ -27,6 +27,7 @@ All text is masked (masking.py) before it is written anywhere. Knows nothing of 
 from __future__ import annotations
 
 import datetime as dt
+import logging
 import shutil
 import threading
 from collections.abc import Callable, Collection
@@ -48,8 +49,10 @@ from storage.writer import Writer, commit_entries
 
 __all__ = ["CallStore", "JournalUnavailable", "StorageError", "StorageFull", "UnknownCall"]
 
+log = logging.getLogger(__name__)
 # Event fields that hold what was said or keyed: masked without asking for a valid check digit.
 _HEARD_KEYS = frozenset({"text", "heard_text", "generated_text", "digits", "caption"})
+RECORDING_WAIT_S = 30.0
 MAX_KEYS_STORED = 8  # more keys in a row than any order number: a card; the rest of the row is not kept
 
 
@@ -283,6 +286,15 @@ class CallStore:
         self.update_call(call_id, now=now, recording_policy=policy)
         return call.recorder
 
+    def resume_recording(self, call_id: str, *, now: dt.datetime) -> CallRecorder:
+        """After `adopt_call`: goes on under the call's own policy. The segment that was open at the death is lost."""
+        self.flush()
+        row = self.reader.get_call(call_id)
+        recorder = self.start_recording(call_id, policy=row["recording_policy"], now=now)
+        if row["notice_end_sample"] is not None:
+            recorder.notice_finished(row["notice_end_sample"])
+        return recorder
+
     def notice_finished(self, call_id: str, sample: int, *, now: dt.datetime) -> None:
         with self._lock:
             recorder = self._open(call_id).recorder
@@ -433,7 +445,10 @@ class CallStore:
 
     def _wait_for_recordings(self) -> None:
         if self._recording_thread is not None:
-            self._recording_thread.submit(lambda: None).result(timeout=10)
+            try:
+                self._recording_thread.submit(lambda: None).result(RECORDING_WAIT_S)
+            except TimeoutError:  # a disk that hangs must not keep a call from being closed
+                log.error("recordings are not written in time")
 
 
 def _check_fields(fields: dict[str, Any], allowed: frozenset[str]) -> None:

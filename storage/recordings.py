@@ -24,6 +24,7 @@ BYTES_PER_FRAME = 4  # two int16
 WAV_HEADER_BYTES = 44
 SEAL_AFTER_S = 1.0  # a segment is written this long after its end: play-out reports come up to 100 ms late
 MAX_AHEAD_S = 60.0  # a position further ahead than this is a fault, not sound
+MAX_START_S = 24 * 3_600.0  # the same for the first position: a recorder may begin in the middle of a call
 
 Pcm = np.ndarray[tuple[int, ...], np.dtype[np.int16]]
 
@@ -85,9 +86,13 @@ class CallRecorder:
         samples = np.frombuffer(pcm, dtype="<i2")
         skipped = max(0, self._starts_at - start_sample)
         samples, position = samples[skipped:], start_sample + skipped
-        if len(samples) == 0 or position > self._high_sample + round(MAX_AHEAD_S * self._rate) + self._starts_at:
+        is_first = self._high_sample == 0
+        highest = MAX_START_S * self._rate if is_first else self._high_sample + MAX_AHEAD_S * self._rate
+        if len(samples) == 0 or position > highest:
             self.num_late_samples += len(samples)
             return
+        if is_first:  # what lies before is another recorder's, or silence
+            self._next_to_seal = max(self._next_to_seal, position // self._segment_samples)
         self._high_sample = max(self._high_sample, position + len(samples))
         while len(samples):
             index, offset = divmod(position, self._segment_samples)

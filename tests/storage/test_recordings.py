@@ -131,6 +131,30 @@ def test_header_is_what_soundfile_reads(tmp_path: Path) -> None:
     assert (found.frames, found.samplerate, found.channels, found.subtype) == (100, 16_000, 2, "PCM_16")
 
 
+def test_restarted_agent_goes_on_recording_and_keeps_what_was_there(config: StorageConfig, now: dt.datetime) -> None:
+    caller = noise(1, RATE * 26)
+    dead = CallStore(config)
+    dead.open_call("c1", did="100", ani="", now=now)
+    recorder = dead.start_recording("c1", policy="after_notice", now=now)
+    dead.notice_finished("c1", 800, now=now)
+    for at in range(0, RATE * 12, 160):
+        recorder.push("caller", at, caller[at : at + 160].tobytes())
+    dead.close()
+    store = CallStore(config)
+    store.adopt_call("c1")
+    recorder = store.resume_recording("c1", now=now)
+    for at in range(RATE * 13, RATE * 26, 160):
+        recorder.push("caller", at, caller[at : at + 160].tobytes())
+    store.close_call("c1", disposition="completed", cause="normal", now=now)
+    reader = store.open_recording("c1")
+    assert reader is not None
+    heard = reader.samples()[:, 0]
+    assert np.array_equal(heard[800 : RATE * 10], caller[800 : RATE * 10])
+    assert not heard[RATE * 10 : RATE * 13].any()  # the segment that was open, and the time without an agent
+    assert np.array_equal(heard[RATE * 13 :], caller[RATE * 13 :])
+    store.close()
+
+
 def test_store_keeps_segments_by_call_id(store: CallStore, config: StorageConfig, now: dt.datetime) -> None:
     store.open_call("c1", did="100", ani="", now=now)
     recorder = store.start_recording("c1", policy="after_notice", now=now)
