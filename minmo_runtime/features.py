@@ -38,7 +38,9 @@ def mel_filters(num_mel_bins: int) -> Tensor:
     left, centre, right = edges[:-2], edges[1:-1], edges[2:]
     rising, falling = (bins - left) / (centre - left), (right - bins) / (right - centre)
     triangles = torch.minimum(rising, falling).clamp(min=0.0)
-    return torch.cat([triangles, torch.zeros(1, num_mel_bins, dtype=torch.float64)]).float()  # Nyquist bin carries nothing
+    return torch.cat(
+        [triangles, torch.zeros(1, num_mel_bins, dtype=torch.float64)]
+    ).float()  # Nyquist bin carries nothing
 
 
 @functools.cache
@@ -63,9 +65,11 @@ def fbank(waveform: Tensor, num_mel_bins: int = 80) -> Tensor:
 
 
 def stack_frames(features: Tensor, lfr_m: int, lfr_n: int) -> Tensor:
-    """Low frame rate: windows of `lfr_m` frames every `lfr_n`, first frame repeated in front, last one behind. [T, M] -> [ceil(T / n), m * M]
+    """Low frame rate: windows of `lfr_m` frames every `lfr_n`, first frame repeated in front, last one behind.
+    [T, M] -> [ceil(T / n), m * M]
 
-    Worked example, m 7, n 6, T 8: three copies of frame 0 go in front, so window 0 = 0 0 0 0 1 2 3 and window 1 = 3 4 5 6 7 7 7.
+    Worked example, m 7, n 6, T 8: three copies of frame 0 go in front, so window 0 = 0 0 0 0 1 2 3 and window 1 =
+    3 4 5 6 7 7 7.
     """
     length = features.shape[0]
     count = math.ceil(length / lfr_n)
@@ -76,7 +80,8 @@ def stack_frames(features: Tensor, lfr_m: int, lfr_n: int) -> Tensor:
 
 @dataclass
 class FbankStream:
-    """Streaming fbank of one call: feed any number of samples, get the frames that became whole. Equal to `fbank` over all samples."""
+    """Streaming fbank of one call: feed any number of samples, get the frames that became whole. Equal to `fbank`
+    over all samples."""
 
     num_mel_bins: int = 80
     _tail: Tensor = field(default_factory=lambda: torch.zeros(0))

@@ -38,7 +38,8 @@ class SanmAttention(nn.Module):
         self.fsmn_block = nn.Conv1d(size, size, dims.kernel_size, groups=size, bias=False)
 
     def memory(self, values: Tensor, past: Tensor | None) -> Tensor:
-        """FSMN branch: depth-wise convolution of the values in time, plus the values. [B, T, D]; `past` [B, taps - 1, D]."""
+        """FSMN branch: depth-wise convolution of the values in time, plus the values. [B, T, D]; `past` [B,
+        taps - 1, D]."""
         x = values.transpose(1, 2)
         if past is not None:
             x = torch.cat([past.transpose(1, 2), x], dim=2)
@@ -50,14 +51,17 @@ class SanmAttention(nn.Module):
         return self.fsmn_block(x).transpose(1, 2) + values
 
     def forward(self, x: Tensor, mask: Tensor | None, valid: Tensor | None) -> Tensor:
-        """[B, T, D_in] -> [B, T, D]. `mask` [B or 1, 1, T, T] True where attention is allowed; `valid` [B, T, 1] zeroes padding."""
+        """[B, T, D_in] -> [B, T, D]. `mask` [B or 1, 1, T, T] True where attention is allowed; `valid` [B, T,
+        1] zeroes padding."""
         query, key, value = self.linear_q_k_v(x).chunk(3, dim=-1)
         if valid is not None:
             value = value * valid
         memory = self.memory(value, None)
         if valid is not None:
             memory = memory * valid
-        context = F.scaled_dot_product_attention(self._heads(query), self._heads(key), self._heads(value), attn_mask=mask)
+        context = F.scaled_dot_product_attention(
+            self._heads(query), self._heads(key), self._heads(value), attn_mask=mask
+        )
         return self.linear_out(self._join(context)) + memory
 
     def forward_chunk(self, x: Tensor, state: LayerState, mask: Tensor) -> tuple[Tensor, LayerState]:
@@ -65,7 +69,9 @@ class SanmAttention(nn.Module):
         query, key, value = self.linear_q_k_v(x).chunk(3, dim=-1)
         memory = self.memory(value, state.memory)
         keys, values = torch.cat([state.key, key], dim=1), torch.cat([state.value, value], dim=1)
-        context = F.scaled_dot_product_attention(self._heads(query), self._heads(keys), self._heads(values), attn_mask=mask)
+        context = F.scaled_dot_product_attention(
+            self._heads(query), self._heads(keys), self._heads(values), attn_mask=mask
+        )
         length = x.shape[1]
         past = torch.cat([state.memory, value], dim=1)[:, length:]
         return self.linear_out(self._join(context)) + memory, LayerState(keys[:, length:], values[:, length:], past)
@@ -125,7 +131,8 @@ class ConvFront(nn.Module):
         return F.gelu(self.conv2(F.pad(x, (self.KERNEL - 1, 0)))).transpose(1, 2)
 
     def forward_chunk(self, x: Tensor, past: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """`x` [B, 4 n, M]; `past` = the last four inputs of either convolution. A zero `past` is the offline padding."""
+        """`x` [B, 4 n, M]; `past` = the last four inputs of either convolution. A zero `past` is the offline
+        padding."""
         first = torch.cat([past[0], x.transpose(1, 2)], dim=2)
         middle = torch.cat([past[1], F.gelu(self.conv1(first))], dim=2)
         keep = self.KERNEL - 1
@@ -143,7 +150,8 @@ class LayerState:
 
 @dataclass
 class EncoderState:
-    """Everything a stream's encoder remembers. `num_frames` [B] counts encoder frames seen, so that a young row masks its empty context."""
+    """Everything a stream's encoder remembers. `num_frames` [B] counts encoder frames seen, so that a young row
+    masks its empty context."""
 
     front: tuple[Tensor, Tensor]
     layers: list[LayerState]
@@ -155,7 +163,9 @@ class EncoderState:
         return EncoderState(
             (torch.cat([s.front[0] for s in states]), torch.cat([s.front[1] for s in states])),
             [
-                LayerState(*(torch.cat(parts) for parts in zip(*((s.key, s.value, s.memory) for s in rows), strict=True)))
+                LayerState(
+                    *(torch.cat(parts) for parts in zip(*((s.key, s.value, s.memory) for s in rows), strict=True))
+                )
                 for rows in zip(*(s.layers for s in states), strict=True)
             ],
             torch.cat([s.num_frames for s in states]),
@@ -278,7 +288,9 @@ class VoiceEncoder(nn.Module):
         """State of a call that has heard nothing."""
         dims = self.dims
         if dims.front_end != "conv" or not dims.chunk_frames or dims.fsmn_padding != "causal":
-            raise ValueError(f"front_end = {dims.front_end!r}: a full-context encoder cannot stream; re-run it per segment")
+            raise ValueError(
+                f"front_end = {dims.front_end!r}: a full-context encoder cannot stream; re-run it per segment"
+            )
         keep = ConvFront.KERNEL - 1
         zeros = torch.zeros
         layers = [

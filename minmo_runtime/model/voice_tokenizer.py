@@ -1,6 +1,7 @@
 """Voice tokenizer: the voice encoder cut in the middle by finite scalar quantization (FSQ). 25 voice tokens a second.
 
-As in CosyVoice 2's supervised tokenizer (arXiv 2412.10117), lower blocks -> linear -> tanh -> round -> one id per frame; the
+As in CosyVoice 2's supervised tokenizer (arXiv 2412.10117), lower blocks -> linear -> tanh -> round -> one id per
+frame; the
 upper blocks and the CTC head only teach it (and measure it). Ids are frozen after training: their hash travels in the
 voice LM and the flow, which are useless with other ids. Used for training targets and for a campaign's prompt voice.
 
@@ -20,7 +21,8 @@ from minmo_runtime.model.encoder import VoiceEncoder
 
 
 class FiniteScalarQuantizer(nn.Module):
-    """Odd levels per dimension: level 3 gives {-1, 0, 1}. The id is a mixed-base number, first dimension least significant.
+    """Odd levels per dimension: level 3 gives {-1, 0, 1}. The id is a mixed-base number, first dimension least
+    significant.
 
     Worked example, levels (3, 3): values (1, -1) -> digits (2, 0) -> id 2 + 0 * 3 = 2.
     """

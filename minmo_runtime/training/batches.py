@@ -17,7 +17,8 @@ FBANK_FRAMES_PER_S = 100
 
 @dataclass
 class Batch:
-    """features [B, F, M] (0 padded), frames [B] fbank frames, targets flat + target_lengths, phonemes [B, T] (-100), tags [B, 3]."""
+    """features [B, F, M] (0 padded), frames [B] fbank frames, targets flat + target_lengths, phonemes [B, T]
+    (-100), tags [B, 3]."""
 
     features: Tensor
     frames: Tensor
@@ -49,7 +50,8 @@ class Shard:
         rng: np.random.Generator | None,
         keep: Callable[[str], float] | None = None,
     ) -> Iterator[Batch]:
-        """Shuffled when `rng` is given, else in order of length. `keep`: probability that an utterance of this text is used."""
+        """Shuffled when `rng` is given, else in order of length. `keep`: probability that an utterance of
+        this text is used."""
         frames = np.diff(self.starts)
         order = rng.permutation(len(self)) if rng is not None else np.arange(len(self))
         if keep is not None and rng is not None:
@@ -75,7 +77,9 @@ class Shard:
         features = torch.zeros(len(group), int(frames.max()), self.features.shape[1])
         phonemes = torch.full((len(group), int(lengths.max())), UNKNOWN, dtype=torch.long)
         for row, i in enumerate(group):
-            features[row, : frames[row]] = torch.from_numpy(self.features[self.starts[i] : self.starts[i + 1]].astype(np.float32))
+            features[row, : frames[row]] = torch.from_numpy(
+                self.features[self.starts[i] : self.starts[i + 1]].astype(np.float32)
+            )
             labels = self.phonemes[self.phoneme_starts[i] : self.phoneme_starts[i + 1]]
             phonemes[row, : len(labels)] = torch.from_numpy(labels.astype(np.int64))
         texts = [self.texts[i] for i in group]

@@ -1,12 +1,16 @@
 """Training audio of the voice encoder, regenerable from a seed: spoken sentences with features, words and frame labels.
 
-`build_shard` speaks sentences with random training voices (synthesis), sends them through random lines (channel), mixes in human
-clips, and stores features. A shard is a few hundred MiB at most and never committed; fresh ones are made while training runs:
+`build_shard` speaks sentences with random training voices (synthesis), sends them through random lines (channel),
+mixes in human
+clips, and stores features. A shard is a few hundred MiB at most and never committed; fresh ones are made while
+training runs:
 
     python -m minmo_runtime.training.data --work-dir WORK --shards 10 --hours 1.5 [--speech-dir DIR]
 
-Shard layout (npz): `features` float16 [sum F, 80], `starts` int64 [N + 1] into it (fbank frames), `texts` [N], `phonemes` int16
-[sum T25] with -100 where unknown, `phoneme_starts` [N + 1], `tags` int8 [N, 3] (language, emotion, event; -1 unknown), `human` bool [N].
+Shard layout (npz): `features` float16 [sum F, 80], `starts` int64 [N + 1] into it (fbank frames), `texts` [N],
+`phonemes` int16
+[sum T25] with -100 where unknown, `phoneme_starts` [N + 1], `tags` int8 [N, 3] (language, emotion, event; -1
+unknown), `human` bool [N].
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import argparse
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +39,13 @@ EVENTS = ("speech", "noise")
 UNKNOWN = -100
 # People whose clips are never trained on: the human score of the model card is theirs.
 HELD_OUT_SPEAKERS = ("fsdd_yweweler", "so_0036", "so_0482", "so_0739", "so_1029", "so_1336")
-ENGLISH_SETS = ("fsdd_en_digits", "kathleen_en_us", "asterisk_ivr_prompts", "mycroft_pd_words", "speechocean_en_mandarinL1")
+ENGLISH_SETS = (
+    "fsdd_en_digits",
+    "kathleen_en_us",
+    "asterisk_ivr_prompts",
+    "mycroft_pd_words",
+    "speechocean_en_mandarinL1",
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,9 @@ def human_clips(speech_dir: Path, held_out: bool = False) -> list[HumanClip]:
             if not text or item["lang"] != "en" or not 0.15 <= item["sec"] <= 9.0:
                 continue
             if ((item["speaker"] or "") in HELD_OUT_SPEAKERS) == held_out:
-                clips.append(HumanClip(speech_dir / name / item["path"], text, item["speaker"] or name, name, item["sec"]))
+                clips.append(
+                    HumanClip(speech_dir / name / item["path"], text, item["speaker"] or name, name, item["sec"])
+                )
     return clips
 
 
@@ -101,13 +113,51 @@ class HumanUtterances:
     def draw(self, rng: Generator, digit_share: float = 0.5) -> Utterance:
         if self._digits and (rng.random() < digit_share or not self._sentences):
             speaker = list(self._digits)[rng.integers(len(self._digits))]
-            picks = [self._digits[speaker][i] for i in rng.integers(len(self._digits[speaker]), size=rng.integers(1, 7))]
+            picks = [
+                self._digits[speaker][i] for i in rng.integers(len(self._digits[speaker]), size=rng.integers(1, 7))
+            ]
             pieces = []
             for _, wave in picks:
-                pieces += [wave / max(channel.rms(wave), 1e-4) * 0.1, np.zeros(int(rng.uniform(0.02, 0.35) * RATE_HZ), np.float32)]
+                pieces += [
+                    wave / max(channel.rms(wave), 1e-4) * 0.1,
+                    np.zeros(int(rng.uniform(0.02, 0.35) * RATE_HZ), np.float32),
+                ]
             return Utterance(np.concatenate(pieces), " ".join(c.text for c, _ in picks), None, (0, -1, 0), True)
         clip, wave = self._sentences[rng.integers(len(self._sentences))]
         return Utterance(wave, clip.text, None, (0, -1, 0), True)
+
+
+def domain_keep(open_share: float) -> Callable[[str], float]:
+    """Utterances with more than a third of their words outside the callers' phrases are used with probability
+    `open_share`:
+    open sentences teach sounds, but at this size and budget most of the time belongs to what callers say."""
+    words = {
+        word
+        for intent in corpus.phrases().values()
+        if isinstance(intent, dict)
+        for text in intent["train"]
+        for word in text.split()
+    }
+    words |= {
+        word
+        for key in ("openers", "requests", "closers", "fillers")
+        for text in corpus.phrases()[key]
+        for word in text.split()
+    }
+    words |= {word for text in corpus.agent_lines() for word in plain_words(text).split()}
+    words |= {
+        word
+        for text in corpus.replies().values()
+        for word in plain_words(text.replace("{", "").replace("}", "")).split()
+    }
+    words |= set("zero oh one two three four five six seven eight nine double".split())
+    words |= set("monday tuesday wednesday thursday friday saturday sunday today tomorrow".split())
+
+    def keep(text: str) -> float:
+        parts = text.split()
+        return open_share if sum(part not in words for part in parts) * 3 > len(parts) else 1.0
+
+    return keep
 
 
 class PhonemeLabels:
@@ -148,7 +198,8 @@ def speak(
     labels: PhonemeLabels,
     prosody: synthesis.Prosody | None = None,
 ) -> Utterance | None:
-    """One synthetic utterance with outer silence as the gate of the serving path leaves it; random prosody unless given."""
+    """One synthetic utterance with outer silence as the gate of the serving path leaves it; random prosody unless
+    given."""
     prosody = prosody or synthesis.random_caller_prosody(rng)
     raw, events = espeak.synthesise(text, voice, prosody)
     if len(raw) < 2000:
@@ -156,36 +207,47 @@ def speak(
     trimmed, cut_s = synthesis.trim_silence(raw, synthesis.ESPEAK_RATE_HZ)
     lead_s, tail_s = rng.uniform(0.05, 0.6), rng.uniform(0.1, 0.7)
     wave = soxr.resample(trimmed, synthesis.ESPEAK_RATE_HZ, RATE_HZ, quality="MQ").astype(np.float32)
-    wave = np.concatenate([np.zeros(int(lead_s * RATE_HZ), np.float32), wave, np.zeros(int(tail_s * RATE_HZ), np.float32)])
+    wave = np.concatenate(
+        [np.zeros(int(lead_s * RATE_HZ), np.float32), wave, np.zeros(int(tail_s * RATE_HZ), np.float32)]
+    )
     count = -(-num_frames(len(wave)) // 4)
     return Utterance(wave, text, labels.frames(events, cut_s - lead_s, count), (0, emotion_of(prosody), 0))
 
 
-def utterances(seed: int, work_dir: Path, speech_dir: Path | None, held_out: bool, human_share: float) -> Iterator[Utterance]:
-    """Endless stream of undegraded utterances."""
+def utterances(
+    seed: int, work_dir: Path, speech_dir: Path | None, held_out: bool, human_share: float, open_share: float = 1.0
+) -> Iterator[Utterance]:
+    """Endless stream of undegraded utterances; `open_share`: see `domain_keep`, below 1 people mostly say digits."""
+    keep = domain_keep(open_share)
     rng = np.random.default_rng(seed)
     espeak = synthesis.Espeak(synthesis.prepare_voice_folder(work_dir / "voices"))
     labels = PhonemeLabels(work_dir / "phonemes.json")
     clips = human_clips(speech_dir, held_out) if speech_dir and human_share else []
     people = HumanUtterances(clips) if clips else None
     while True:
-        for block, text in enumerate(corpus.caller_utterances(int(rng.integers(1 << 30)), "held" if held_out else "train")):
+        for block, text in enumerate(
+            corpus.caller_utterances(int(rng.integers(1 << 30)), "held" if held_out else "train")
+        ):
             if block % 3 == 0:
                 voice = synthesis.random_caller_voice(rng, held_out)
             if people and rng.random() < human_share:
-                yield people.draw(rng)
+                yield people.draw(rng, 0.5 if open_share == 1 else 0.85)
             if rng.random() < 0.015:
                 yield Utterance(np.zeros(int(rng.uniform(0.5, 3) * RATE_HZ), np.float32), "", None, (-1, -1, 1))
+            if rng.random() >= keep(text):
+                continue
             item = speak(espeak, text, rng, voice, labels)
             if item is not None and item.waveform.size < 12 * RATE_HZ:
                 yield item
 
 
 def build_shard(path: Path, seed: int, hours: float, work_dir: Path, speech_dir: Path | None, held_out: bool = False,
-                human_share: float = 0.28, telephone_share: float = 0.6) -> None:  # fmt: skip
+                human_share: float = 0.28, telephone_share: float = 0.6, open_share: float = 1.0) -> None:  # fmt: skip
     """Write one shard of about `hours` hours; `human_share` counts utterances."""
     rng = np.random.default_rng(seed + 1)
-    write_shard(path, utterances(seed, work_dir, speech_dir, held_out, human_share), rng, telephone_share, hours)
+    write_shard(
+        path, utterances(seed, work_dir, speech_dir, held_out, human_share, open_share), rng, telephone_share, hours
+    )
 
 
 def build_human_shard(path: Path, speech_dir: Path, work_dir: Path, count: int) -> None:
@@ -250,6 +312,9 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=1.5)
     parser.add_argument("--first-seed", type=int, default=1000)
     parser.add_argument("--held-out", action="store_true")
+    parser.add_argument(
+        "--open-share", type=float, default=1.0, help="share kept of sentences outside the callers' phrases"
+    )
     parser.add_argument("--agent", action="store_true", help="agent sentences, half of them in the agent's own voice")
     parser.add_argument("--name", default="train")
     arguments = parser.parse_args()
@@ -267,7 +332,8 @@ def main() -> None:
             write_shard(path, sentences, np.random.default_rng(seed), 0.5, arguments.hours)
             continue
         build_shard(path, arguments.first_seed + index, arguments.hours, arguments.work_dir, arguments.speech_dir,
-                    arguments.held_out, human_share=0.0 if arguments.held_out else 0.28)  # fmt: skip
+                    arguments.held_out, human_share=0.0 if arguments.held_out else 0.28,
+                    open_share=arguments.open_share)  # fmt: skip
         print(f"{path.name}: {arguments.hours} h in {time.monotonic() - started:.0f} s", flush=True)
 
 

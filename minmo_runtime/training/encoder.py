@@ -1,7 +1,9 @@
 """Stage 0b: the voice encoder by CTC on word pieces, with phoneme, language, emotion and event losses beside it.
 
-Recipe: word pieces, 20 s batches, causal conv front, light augmentation first, warm-up then constant rate then decay; human clips
-in the shards from the start. Reads `<work_dir>/shards/train_*.npz` (training.data keeps making fresh ones) and the held-out sets
+Recipe: word pieces, 20 s batches, causal conv front, light augmentation first, warm-up then constant rate then decay;
+human clips
+in the shards from the start. Reads `<work_dir>/shards/train_*.npz` (training.data keeps making fresh ones) and the
+held-out sets
 it builds itself; writes `ship/encoder.safetensors`, `ship/encoder.json` (dims) and `ship/ctc_tokenizer.json`.
 """
 
@@ -9,14 +11,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import jiwer
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
@@ -41,7 +42,9 @@ def train_ctc_tokenizer(path: Path, speech_dir: Path | None, vocab_size: int) ->
     alphabet = list("abcdefghijklmnopqrstuvwxyz'")
     tokenizer.train_from_iterator(
         [data.plain_words(text) for text in texts],
-        trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[BLANK], initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[BLANK], initial_alphabet=alphabet, show_progress=False
+        ),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(path))
@@ -77,7 +80,9 @@ def losses(encoder: VoiceEncoder, heads: AuxiliaryHeads, batch: Batch, layer: in
     found = {"ctc": ctc / batch.target_lengths.sum().clamp(min=1)}
     known = batch.phonemes != data.UNKNOWN
     if known.any():
-        found["phoneme"] = F.cross_entropy(heads.phoneme(middle[:, : batch.phonemes.shape[1]][known]), batch.phonemes[known])
+        found["phoneme"] = F.cross_entropy(
+            heads.phoneme(middle[:, : batch.phonemes.shape[1]][known]), batch.phonemes[known]
+        )
     logits = encoder.tag_logits(hidden, batch.lengths)
     for column, group in enumerate(TAG_GROUPS):
         rows = batch.tags[:, column] >= 0
@@ -134,12 +139,15 @@ def held_out_sets(work_dir: Path, speech_dir: Path | None, hours: float) -> dict
 
 
 def evaluate(encoder: VoiceEncoder, tokenizer: Tokenizer, sets: dict[str, Shard]) -> dict[str, float]:
-    """WER per set over callers' sentences; `_open` = everything else (random words, general sentences), of people: digits apart."""
+    """WER per set over callers' sentences; `_open` = everything else (random words, general sentences), of
+    people: digits apart."""
     encoder.eval()
-    is_domain, found = domain_keep(0.0), {}
+    is_domain, found = data.domain_keep(0.0), {}
     for name, shard in sets.items():
         pairs = list(zip(*recognise(encoder, tokenizer, shard), strict=True))
-        inside = {reference for reference, _ in pairs if is_domain(reference) and (name != "human" or is_digits(reference))}
+        inside = {
+            reference for reference, _ in pairs if is_domain(reference) and (name != "human" or is_digits(reference))
+        }
         for label, chosen in (("", True), ("_open", False)):
             part = [pair for pair in pairs if (pair[0] in inside) == chosen and pair[0]]
             if part:
@@ -151,23 +159,6 @@ def evaluate(encoder: VoiceEncoder, tokenizer: Tokenizer, sets: dict[str, Shard]
 
 def is_digits(text: str) -> bool:
     return set(text.split()) <= set("zero one two three four five six seven eight nine".split())
-
-
-def domain_keep(open_share: float) -> Callable[[str], float]:
-    """Utterances with more than a third of their words outside the callers' phrases are used with probability `open_share`:
-    open sentences teach sounds, but at this size and budget most of the time belongs to what callers say."""
-    words = {word for intent in corpus.phrases().values() if isinstance(intent, dict) for text in intent["train"] for word in text.split()}
-    words |= {word for key in ("openers", "requests", "closers", "fillers") for text in corpus.phrases()[key] for word in text.split()}
-    words |= {word for text in corpus.agent_lines() for word in data.plain_words(text).split()}
-    words |= {word for text in corpus.replies().values() for word in data.plain_words(text.replace("{", "").replace("}", "")).split()}
-    words |= set("zero oh one two three four five six seven eight nine double".split())
-    words |= set("monday tuesday wednesday thursday friday saturday sunday today tomorrow".split())
-
-    def keep(text: str) -> float:
-        parts = text.split()
-        return open_share if sum(part not in words for part in parts) * 3 > len(parts) else 1.0
-
-    return keep
 
 
 def learning_rate(share: float, peak: float, decay_from: float, step: int, warmup: int) -> float:
@@ -183,6 +174,14 @@ def save(encoder: VoiceEncoder, work_dir: Path, part: str = "encoder") -> None:
     save_file({key: value.contiguous() for key, value in encoder.state_dict().items()}, temporary)
     temporary.rename(path)
     path.with_suffix(".json").write_text(json.dumps(encoder.dims.to_dict(), indent=1))
+
+
+def load_encoder(work_dir: Path) -> VoiceEncoder:
+    """The current encoder of the work folder, in evaluation mode."""
+    path = part_file(work_dir, "encoder")
+    encoder = VoiceEncoder(EncoderDims.from_dict(json.loads(path.with_suffix(".json").read_text())))
+    encoder.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+    return encoder.eval()
 
 
 def measure_cmvn(encoder: VoiceEncoder, shard: Shard) -> None:
@@ -210,7 +209,9 @@ def run(stage: StageConfig, work_dir: Path, budget_s: float) -> dict[str, float]
     torch.manual_seed(stage.seed)
     encoder = make_encoder(settings, tokenizer.get_vocab_size()).train()
     heads = AuxiliaryHeads(encoder.dims.output_size)
-    optimiser = torch.optim.AdamW([*encoder.parameters(), *heads.parameters()], lr=1e-3, betas=(0.9, 0.98), weight_decay=0.02)
+    optimiser = torch.optim.AdamW(
+        [*encoder.parameters(), *heads.parameters()], lr=1e-3, betas=(0.9, 0.98), weight_decay=0.02
+    )
     resume_path, step, spent = stage.folder(work_dir) / "resume.pt", 0, 0.0
     if resume_path.exists():
         stored = torch.load(resume_path, weights_only=True)
@@ -218,22 +219,31 @@ def run(stage: StageConfig, work_dir: Path, budget_s: float) -> dict[str, float]
         heads.load_state_dict(stored["heads"])
         optimiser.load_state_dict(stored["optimiser"])
         step, spent = stored["step"], stored["spent"]
+    elif part_file(work_dir, "encoder").exists():  # warm start from shipped weights
+        encoder.load_state_dict(load_encoder(work_dir).state_dict())
+        if (stage.folder(work_dir) / "heads.pt").exists():
+            heads.load_state_dict(torch.load(stage.folder(work_dir) / "heads.pt", weights_only=True))
     else:
         measure_cmvn(encoder, Shard(_wait_for_shards(work_dir)[0]))
     encode = lambda text: tokenizer.encode(text).ids  # noqa: E731
     rng, generator = np.random.default_rng(stage.seed + step), torch.Generator().manual_seed(stage.seed + step)
     sets = held_out_sets(work_dir, speech_dir, settings["held_out_hours"])
-    keep = domain_keep(settings["open_share"])
-    started, last_report, uses, running = time.monotonic() - spent, time.monotonic(), {}, {}  # type: ignore[var-annotated]
+    keep = data.domain_keep(settings["open_share"])
+    started, last_report, uses, running = time.monotonic() - spent, time.monotonic(), {}, {}  # type:
+    ignore[var - annotated]
     while time.monotonic() - started < budget_s:
-        path = min(_wait_for_shards(work_dir), key=lambda p: (uses.get(p, 0), -p.stat().st_mtime))  # the least used, newest first
+        path = min(
+            _wait_for_shards(work_dir), key=lambda p: (uses.get(p, 0), -p.stat().st_mtime)
+        )  # the least used, newest first
         uses[path] = uses.get(path, 0) + 1
         for batch in Shard(path).batches(encode, settings["batch_s"], rng, keep):
             share = (time.monotonic() - started) / budget_s
             if share >= 1:
                 break
             for group in optimiser.param_groups:
-                group["lr"] = learning_rate(share, settings["learning_rate"], settings["decay_from"], step, settings["warmup_steps"])
+                group["lr"] = learning_rate(
+                    share, settings["learning_rate"], settings["decay_from"], step, settings["warmup_steps"]
+                )
             batch.features = spec_augment(batch.features, generator, share > settings["time_mask_from"])
             found = losses(encoder, heads, batch, settings["phoneme_layer"])
             weights = {"ctc": 1.0, "phoneme": 1.0 if share < 0.3 else 0.2}
@@ -247,9 +257,16 @@ def run(stage: StageConfig, work_dir: Path, budget_s: float) -> dict[str, float]
                 running[name] = 0.98 * running.get(name, float(value.detach())) + 0.02 * float(value.detach())
             if time.monotonic() - last_report > settings["report_s"]:
                 scores = evaluate(encoder, tokenizer, sets)
-                print(json.dumps({"s": int(time.monotonic() - started), "step": step, **_rounded({**running, **scores})}), flush=True)
+                print(
+                    json.dumps({"s": int(time.monotonic() - started), "step": step, **_rounded({**running, **scores})}),
+                    flush=True,
+                )
                 save(encoder, work_dir)
-                state = {"encoder": encoder.state_dict(), "heads": heads.state_dict(), "optimiser": optimiser.state_dict()}
+                state = {
+                    "encoder": encoder.state_dict(),
+                    "heads": heads.state_dict(),
+                    "optimiser": optimiser.state_dict(),
+                }
                 torch.save({**state, "step": step, "spent": time.monotonic() - started}, resume_path)
                 last_report = time.monotonic()
     scores = evaluate(encoder, tokenizer, sets)

@@ -1,9 +1,11 @@
-"""Speech from text with espeak-ng, for training only (stage 0): through ctypes, in-process, hundreds of times real time.
+"""Speech from text with espeak-ng, for training only (stage 0): through ctypes, in-process, hundreds of times real
+time.
 
 espeak-ng is a development tool: nothing at run time imports this file. One process holds one espeak-ng instance, so
 parallel synthesis means several processes. Phoneme events come with every utterance: aligned frame labels for free.
 
-Trap (espeak-ng 1.51): it lists at most 350 voices; with more, *every* `lang+variant` fails. `prepare_voice_folder` therefore
+Trap (espeak-ng 1.51): it lists at most 350 voices; with more, *every* `lang+variant` fails. `prepare_voice_folder`
+therefore
 copies the data folder, drops what is not needed and adds at most 190 random variants.
 """
 
@@ -19,7 +21,15 @@ import numpy as np
 import soxr
 
 ESPEAK_RATE_HZ = 22_050
-ACCENTS = ("gmw/en-US", "gmw/en", "gmw/en-GB-x-rp", "gmw/en-GB-scotland", "gmw/en-GB-x-gbclan", "gmw/en-GB-x-gbcwmd", "gmw/en-029")
+ACCENTS = (
+    "gmw/en-US",
+    "gmw/en",
+    "gmw/en-GB-x-rp",
+    "gmw/en-GB-scotland",
+    "gmw/en-GB-x-gbclan",
+    "gmw/en-GB-x-gbcwmd",
+    "gmw/en-029",
+)
 TRAIN_VARIANTS = (
     "m1 m2 m3 m4 m5 m6 m8 f1 f2 f3 f5 croak klatt klatt2 klatt3 klatt4 adam alex Alicia Andy anikaRobot aunty belinda "
     "benjamin boris david ed edward grandma grandpa Gene Jacky Lee linda marcelo max Michael michel miguel Mike mike2 "
@@ -132,7 +142,9 @@ class Espeak:
     def __init__(self, data_folder: Path | None = None) -> None:
         self._lib = ctypes.CDLL("libespeak-ng.so.1")
         folder = str((data_folder or system_data_folder()).parent)
-        rate = self._lib.espeak_Initialize(2, 0, os.fsencode(folder), 1)  # synchronous: no thread that can deadlock; phoneme events on
+        rate = self._lib.espeak_Initialize(
+            2, 0, os.fsencode(folder), 1
+        )  # synchronous: no thread that can deadlock; phoneme events on
         if rate != ESPEAK_RATE_HZ:
             raise RuntimeError(f"espeak_Initialize({folder}) returned {rate}: must be {ESPEAK_RATE_HZ}")
         self._pieces: list[np.ndarray] = []
@@ -178,7 +190,9 @@ def to_rate(waveform: np.ndarray, rate_hz: int, from_rate_hz: int = ESPEAK_RATE_
     return soxr.resample(waveform, from_rate_hz, rate_hz).astype(np.float32) if rate_hz != from_rate_hz else waveform
 
 
-def trim_silence(waveform: np.ndarray, rate_hz: int, keep_s: float = 0.05, floor: float = 0.003) -> tuple[np.ndarray, float]:
+def trim_silence(
+    waveform: np.ndarray, rate_hz: int, keep_s: float = 0.05, floor: float = 0.003
+) -> tuple[np.ndarray, float]:
     """Cut outer silence but `keep_s`; returns the waveform and how many seconds were cut in front."""
     voiced = np.flatnonzero(np.abs(waveform) > floor)
     if len(voiced) == 0:

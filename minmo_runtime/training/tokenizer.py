@@ -1,12 +1,16 @@
 """Stage 0c: the voice tokenizer, cut out of the trained encoder, and the agent's speech as voice tokens.
 
-Both halves start as copies of the encoder. The projection into the bottleneck starts as the best linear separation (LDA) of the
-free phoneme labels; the share of quantised frames grows from 0.2 to 1; a frame-wise KL to the encoder as teacher keeps the
+Both halves start as copies of the encoder. The projection into the bottleneck starts as the best linear separation
+(LDA) of the
+free phoneme labels; the share of quantised frames grows from 0.2 to 1; a frame-wise KL to the encoder as teacher
+keeps the
 alignment that CTC alone would have to learn again. Afterwards the ids are frozen and their hash is kept.
 
 Writes `ship/voice_tokenizer.safetensors` and, for stages 0f and 0h, `agent_codes.npz` with
-`texts` [N], `codes` int16 [sum T], `code_starts` [N + 1], `waveforms` int16 at 24 kHz [sum S], `waveform_starts` [N + 1],
-`held` bool [N] (sentences of the held-out split), `code_hash`. T tokens and S samples of an utterance agree: S = T * 960.
+`texts` [N], `codes` int16 [sum T], `code_starts` [N + 1], `waveforms` int16 at 24 kHz [sum S], `waveform_starts` [N +
+1],
+`held` bool [N] (sentences of the held-out split), `code_hash`. T tokens and S samples of an utterance agree: S = T *
+960.
 """
 
 from __future__ import annotations
@@ -29,18 +33,11 @@ from minmo_runtime.model.encoder import VoiceEncoder, collapse
 from minmo_runtime.model.voice_tokenizer import VoiceTokenizer, pad_features
 from minmo_runtime.training import corpus, data, synthesis
 from minmo_runtime.training.batches import Batch, Shard
-from minmo_runtime.training.encoder import NUM_PHONEMES, held_out_sets, recognise, word_error_rate
+from minmo_runtime.training.encoder import NUM_PHONEMES, held_out_sets, load_encoder, recognise, word_error_rate
 from minmo_runtime.training.stage import StageConfig, part_file
 
 OUTPUT_RATE_HZ = 24_000
 SAMPLES_PER_TOKEN = OUTPUT_RATE_HZ // 25
-
-
-def load_encoder(work_dir: Path) -> VoiceEncoder:
-    path = part_file(work_dir, "encoder")
-    encoder = VoiceEncoder(EncoderDims.from_dict(json.loads(path.with_suffix(".json").read_text())))
-    encoder.load_state_dict({key: value.float() for key, value in load_file(path).items()})
-    return encoder.eval()
 
 
 def load_tokenizer(work_dir: Path) -> VoiceTokenizer:
@@ -102,7 +99,9 @@ def initialise_by_lda(tokenizer: VoiceTokenizer, shard: Shard, num_utterances: i
     tokenizer.quantizer.project_down.bias.copy_((-weight @ mean).float())
 
 
-def losses(tokenizer: VoiceTokenizer, heads: TrainingHeads, teacher: VoiceEncoder, batch: Batch, quantised: float) -> dict[str, Tensor]:
+def losses(
+    tokenizer: VoiceTokenizer, heads: TrainingHeads, teacher: VoiceEncoder, batch: Batch, quantised: float
+) -> dict[str, Tensor]:
     lower = tokenizer.lower(batch.features, batch.lengths)
     values, smooth = tokenizer.quantizer(lower)
     if quantised < 1:  # gradual insertion: some frames still pass unrounded
@@ -112,7 +111,12 @@ def losses(tokenizer: VoiceTokenizer, heads: TrainingHeads, teacher: VoiceEncode
         target = teacher.ctc_log_probs(teacher(batch.features, batch.lengths))
     valid = torch.arange(log_probs.shape[1]) < batch.lengths.unsqueeze(1)
     ctc = F.ctc_loss(
-        log_probs.transpose(0, 1), batch.targets, batch.lengths, batch.target_lengths, reduction="sum", zero_infinity=True
+        log_probs.transpose(0, 1),
+        batch.targets,
+        batch.lengths,
+        batch.target_lengths,
+        reduction="sum",
+        zero_infinity=True,
     )
     found = {
         "ctc": ctc / batch.target_lengths.sum().clamp(min=1),
@@ -157,7 +161,11 @@ def save(tokenizer: VoiceTokenizer, work_dir: Path) -> None:
     tokenizer.load_state_dict({key: value.float() for key, value in tensors.items()})
     save_file(tensors, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").rename(path)
-    dims = {"encoder": tokenizer.encoder.dims.to_dict(), "voice_tokenizer": tokenizer.dims.to_dict(), "code_hash": tokenizer.code_hash()}
+    dims = {
+        "encoder": tokenizer.encoder.dims.to_dict(),
+        "voice_tokenizer": tokenizer.dims.to_dict(),
+        "code_hash": tokenizer.code_hash(),
+    }
     path.with_suffix(".json").write_text(json.dumps(dims, indent=1))
 
 
@@ -169,18 +177,26 @@ def run(stage: StageConfig, work_dir: Path, budget_s: float) -> dict[str, float]
     speech_dir = Path(settings["speech_dir"]) if settings.get("speech_dir") else None
     teacher = load_encoder(work_dir)
     ctc_tokenizer = Tokenizer.from_file(str(work_dir / "ship" / "ctc_tokenizer.json"))
-    sets = {name: shard for name, shard in held_out_sets(work_dir, speech_dir, settings["held_out_hours"]).items() if name != "human"}
+    sets = {
+        name: shard
+        for name, shard in held_out_sets(work_dir, speech_dir, settings["held_out_hours"]).items()
+        if name != "human"
+    }
     agent_set = work_dir / "shards" / "held_agent.npz"
     if not agent_set.exists():
         sentences = data.agent_sentences(77, work_dir, "held", own_voice_share=1.0)
         data.write_shard(agent_set, sentences, np.random.default_rng(77), 0.0, 0.3)
     sets["agent"] = Shard(agent_set)
-    tokenizer = VoiceTokenizer(teacher.dims, VoiceTokenizerDims(settings["cut_layer"], tuple(settings["levels"]))).train()
+    tokenizer = VoiceTokenizer(
+        teacher.dims, VoiceTokenizerDims(settings["cut_layer"], tuple(settings["levels"]))
+    ).train()
     tokenizer.encoder.load_state_dict(teacher.state_dict())
     shards = sorted(p for p in (work_dir / "shards").glob("train_*.npz") if ".tmp" not in p.name)
     initialise_by_lda(tokenizer, Shard(next(p for p in shards if "agent" in p.name)))
     heads = TrainingHeads(len(settings["levels"]), teacher.dims.num_mel_bins)
-    optimiser = torch.optim.AdamW([*tokenizer.parameters(), *heads.parameters()], lr=1e-3, betas=(0.9, 0.98), weight_decay=0.02)
+    optimiser = torch.optim.AdamW(
+        [*tokenizer.parameters(), *heads.parameters()], lr=1e-3, betas=(0.9, 0.98), weight_decay=0.02
+    )
     resume_path, step, spent = stage.folder(work_dir) / "resume.pt", 0, 0.0
     if resume_path.exists():
         stored = torch.load(resume_path, weights_only=True)
@@ -194,7 +210,9 @@ def run(stage: StageConfig, work_dir: Path, budget_s: float) -> dict[str, float]
     while time.monotonic() - started < budget_s:
         # The agent's own voice is what the ids are for: its shards come every second time.
         pool = [p for p in shards if ("agent" in p.name) == (rng.random() < 0.5)] or shards
-        for batch in Shard(pool[rng.integers(len(pool))]).batches(lambda text: ctc_tokenizer.encode(text).ids, settings["batch_s"], rng):
+        for batch in Shard(pool[rng.integers(len(pool))]).batches(
+            lambda text: ctc_tokenizer.encode(text).ids, settings["batch_s"], rng
+        ):
             share = (time.monotonic() - started) / budget_s
             if share >= 1:
                 break
@@ -214,7 +232,11 @@ def run(stage: StageConfig, work_dir: Path, budget_s: float) -> dict[str, float]
                 scores = evaluate(tokenizer, ctc_tokenizer, sets)
                 line = {"s": int(time.monotonic() - started), "step": step, **running, **scores}
                 print(json.dumps({key: round(value, 4) for key, value in line.items()}), flush=True)
-                state = {"tokenizer": tokenizer.state_dict(), "heads": heads.state_dict(), "optimiser": optimiser.state_dict()}
+                state = {
+                    "tokenizer": tokenizer.state_dict(),
+                    "heads": heads.state_dict(),
+                    "optimiser": optimiser.state_dict(),
+                }
                 torch.save({**state, "step": step, "spent": time.monotonic() - started}, resume_path)
                 last_report = time.monotonic()
     save(tokenizer, work_dir)

@@ -1,4 +1,5 @@
-"""Where the golden vectors are: `--golden-dir`, else the committed fixtures, else `../shared/reference`; a test without its vectors skips."""
+"""Where the golden vectors are: `--golden-dir`, else the committed fixtures, else `../shared/reference`; a test
+without its vectors skips."""
 
 from __future__ import annotations
 
