@@ -229,8 +229,9 @@ def run(stage: StageConfig, work_dir: Path, budget_s: float) -> dict[str, float]
     rng, generator = np.random.default_rng(stage.seed + step), torch.Generator().manual_seed(stage.seed + step)
     sets = held_out_sets(work_dir, speech_dir, settings["held_out_hours"])
     keep = data.domain_keep(settings["open_share"])
-    started, last_report, uses, running = time.monotonic() - spent, time.monotonic(), {}, {}  # type:
-    ignore[var - annotated]
+    uses: dict[Path, int] = {}
+    running: dict[str, float] = {}
+    started, last_report = time.monotonic() - spent, time.monotonic()
     while time.monotonic() - started < budget_s:
         path = min(
             _wait_for_shards(work_dir), key=lambda p: (uses.get(p, 0), -p.stat().st_mtime)
