@@ -44,13 +44,18 @@ class StartError(Exception):
 class Stack:
     """All processes of one agent. `async with` starts them and returns when calls are taken."""
 
-    def __init__(self, config: Config, *, has_web: bool = True, is_new_token_wanted: bool = False) -> None:
+    def __init__(
+        self, config: Config, *, has_web: bool = True, is_new_token_wanted: bool = False,
+        engine_command: tuple[str, ...] = ("-m", "minmo_runtime.server"),
+    ) -> None:  # fmt: skip
+        """`engine_command`: another program with the engine's options (tests: the fake runtime behind a socket)."""
         self.checkpoint = checkpoint_folder(config)
         if not (self.checkpoint / "checkpoint.toml").is_file():
             raise StartError(
                 f"UNTRAINED: no checkpoint at {self.checkpoint}; train one (minmo train all) or set agent.checkpoint"
             )
         self.config = _with_fixed_ports(config)
+        self._engine_command = engine_command
         self._has_web, self._is_new_token_wanted = has_web, is_new_token_wanted
         self.run_folder = make_run_folder(config.agent.run_folder)
         self._owns_folder = not config.agent.run_folder
@@ -153,8 +158,8 @@ class Stack:
 
     def _engine_spec(self) -> ChildSpec:
         command = (
-            "-m", "minmo_runtime.server", "--socket", str(self.run_folder / ENGINE_SOCKET),
-            "--checkpoint", str(self.checkpoint), "--max-streams", str(self.config.runtime.max_streams),
+            *self._engine_command, "--socket", str(self.run_folder / ENGINE_SOCKET),
+            "--checkpoint", str(self.checkpoint), "--config", json.dumps(dataclasses.asdict(self.config.runtime)),
         )  # fmt: skip
         threads = str(self.config.runtime.num_threads)
         return ChildSpec("engine", command, {"OMP_NUM_THREADS": threads}, is_ready=lambda line: line == "ready")

@@ -424,6 +424,9 @@ class Call:
         if purpose == "reply" and not text:
             purpose = self._how_to_answer(action)
         self._purposes[action.turn_id] = purpose
+        if action.how:
+            fields = {"how": action.how, "turn_id": action.turn_id, "sample": self.sample}
+            self._out.append(Keep("journal_append", {"name": "end_of_turn", **fields}))
         if purpose != "reply":
             self._say_line(action.turn_id, purpose, now)
             return

@@ -221,6 +221,7 @@ class TakeFloor:
     purpose: str
     caller_words: str = ""
     caller_confidence: float = 1.0
+    how: str = ""  # how the caller's turn came to its end: predicted | silence
 
 
 @dataclass(frozen=True)

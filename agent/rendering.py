@@ -7,7 +7,9 @@ apologies).
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import itertools
 import wave
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +20,7 @@ from minmo_runtime import api
 from policies.campaign import Campaign
 
 STREAM_ID = "rendering"
+_BLOCK_MS = 100
 APOLOGY_PURPOSE = "engine_lost"  # what a media worker plays while there is no agent
 
 
@@ -71,9 +74,27 @@ async def render(runtime: api.Runtime, folder: Path, texts: Iterable[str], syste
 
 
 async def _speak(runtime: api.Runtime, stream_id: str, text: str, system_prompt: str) -> tuple[bytes, int]:
-    pcm, rate_hz = bytearray(), 0
     await runtime.send(api.OpenStream(call_id=stream_id, system_prompt=system_prompt))
     await runtime.send(api.Say(call_id=stream_id, turn_id="r", text=text))
+    listening = asyncio.create_task(_be_silent(runtime, stream_id), name=f"{stream_id}/silence")
+    try:
+        return await _collect(runtime, stream_id, text)
+    finally:
+        listening.cancel()
+        await asyncio.gather(listening, return_exceptions=True)
+
+
+async def _be_silent(runtime: api.Runtime, stream_id: str) -> None:
+    """The far end of a stream always sends audio; it is the clock of a runtime that has no other (the fake)."""
+    block = api.INPUT_SAMPLE_RATE_HZ * _BLOCK_MS // 1000
+    for number in itertools.count():
+        pcm = bytes(2 * block)
+        await runtime.send(api.PushAudio(call_id=stream_id, pcm=pcm, start_sample=number * block, voiced=False))
+        await asyncio.sleep(_BLOCK_MS / 1000)
+
+
+async def _collect(runtime: api.Runtime, stream_id: str, text: str) -> tuple[bytes, int]:
+    pcm, rate_hz = bytearray(), 0
     async for event in runtime.events(stream_id):
         match event:
             case api.StreamOpened():

@@ -155,12 +155,12 @@ class TurnTaking:
     # ---------------------------------------------------------------- agent turns
 
     def _take_floor(
-        self, purpose: str, now: float, *, is_protected: bool = False, closing_cause: str = ""
+        self, purpose: str, now: float, *, is_protected: bool = False, closing_cause: str = "", how: str = ""
     ) -> AgentTurn:
         self._num_turns += 1
         turn = AgentTurn(f"a{self._num_turns}", purpose, is_protected, closing_cause, owed_since=now)
         self.queue.append(turn)
-        self._actions.append(floor.TakeFloor(turn.turn_id, purpose, self.caller.words, self.caller.confidence))
+        self._actions.append(floor.TakeFloor(turn.turn_id, purpose, self.caller.words, self.caller.confidence, how))
         if self.state is not State.WAITING and self.current is turn:
             self._enter_current(now)
         return turn
@@ -368,10 +368,10 @@ class TurnTaking:
         if caller.has_waited and silence < self.config.reprompt_after_s:
             return
         if caller.words and (is_predicted or silence >= patience):
-            self._take_floor("reply", now)
+            self._take_floor("reply", now, how="predicted" if is_predicted else "silence")
         elif not caller.words and silence >= self.config.missed_end_s:
             if caller.voiced_s >= self.config.wordless_s:
-                self._take_floor("reply", now)
+                self._take_floor("reply", now, how="silence")
             else:
                 self.caller = CallerTurn()
 
