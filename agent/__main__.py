@@ -54,11 +54,16 @@ def fail(text: str) -> NoReturn:
 
 
 @app.command()
-def serve(config: ConfigFile = None) -> None:
+def serve(
+    config: ConfigFile = None,
+    new_token: Annotated[
+        bool, typer.Option(help="Print a new token for the page; the old one no longer opens it.")
+    ] = False,
+) -> None:
     """Answer calls and serve the supervisors' page, until Ctrl-C."""
     from agent.app import serve as run
 
-    raise typer.Exit(run(settings(config)))
+    raise typer.Exit(run(settings(config), is_new_token_wanted=new_token))
 
 
 @app.command()
@@ -79,7 +84,10 @@ def call(
     """Call a SIP address with your own audio; prints the timing of both sides as JSON."""
     from agent.caller import call_once
 
-    typer.echo(json.dumps(call_once(uri, play=play, record=record, dtmf=dtmf), indent=2))
+    try:
+        typer.echo(json.dumps(call_once(uri, play=play, record=record, dtmf=dtmf), indent=2))
+    except ValueError as error:
+        fail(str(error))
 
 
 @app.command()
@@ -128,12 +136,17 @@ def evaluate(context: typer.Context) -> None:
     raise typer.Exit(run(context.args))
 
 
-@app.command(context_settings=PASS_ON)
-def bench(context: typer.Context) -> None:
+@app.command()
+def bench(
+    parts: Annotated[list[str] | None, typer.Argument(help="model, media; default: both")] = None,
+    config: ConfigFile = None,
+) -> None:
     """Real-time factors of the model and frame gaps of the media; the last line is JSON."""
-    from agent.bench import main as run
+    from agent.bench import PARTS, run_bench
 
-    raise typer.Exit(run(context.args))
+    if unknown := [part for part in parts or () if part not in PARTS]:
+        fail(f"bench {unknown[0]}: must be {' or '.join(PARTS)}")
+    raise typer.Exit(run_bench(settings(config), parts or PARTS))
 
 
 # ------------------------------------------------------------------ db

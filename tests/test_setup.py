@@ -1,4 +1,4 @@
-"""Setting up, and what a run says about itself: scripts/setup_venv.py and check_sizes.py, tests/conftest.py, Makefile."""
+"""Set-up, and what a run says about itself: scripts/setup_venv.py and check_sizes.py, tests/conftest.py, Makefile."""
 
 from __future__ import annotations
 

@@ -1,0 +1,53 @@
+"""`minmo bench [model] [media]`: what the model costs and how steady the media are; the last line is one JSON object.
+
+Each part runs in a process of its own, because frame gaps must not be measured beside torch's threads. The parts stand
+in minmo_runtime/bench (real-time factors, first audio) and agent/bench_media.py (frame gaps under load).
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from agent.config import Config
+from agent.run_folder import checkpoint_folder
+
+PARTS = ("model", "media")
+
+
+def commands(config: Config) -> dict[str, list[str]]:
+    """Part -> arguments of Python. Without a trained checkpoint the weights are random, which cost the same."""
+    folder = checkpoint_folder(config)
+    checkpoint = ["--checkpoint", str(folder)] if (folder / "checkpoint.toml").is_file() else []
+    return {
+        "model": ["-m", "minmo_runtime.bench.engine", *checkpoint],
+        "media": ["-m", "agent.bench_media"],
+    }
+
+
+def run_bench(config: Config, parts: Sequence[str]) -> int:
+    """Exit status 0 when every part ended well and its last line was JSON."""
+    results: dict[str, Any] = {}
+    for part in parts or PARTS:
+        results[part] = _run([sys.executable, *commands(config)[part]])
+    print(json.dumps(results))
+    return 0 if all(results.values()) else 1
+
+
+def _run(command: list[str]) -> Any:
+    """The part's last line as JSON, its other lines passed on; None when it failed."""
+    last = ""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if last:
+                print(last, flush=True)
+            last = line.rstrip("\n")
+    try:
+        return json.loads(last) if process.returncode == 0 else None
+    except json.JSONDecodeError:
+        print(last)
+        return None
