@@ -23,17 +23,18 @@ CHILD = Path(__file__).parent / "kill_child.py"
 ROOT = Path(__file__).parents[2]
 
 
-def run_and_kill(parent: subprocess.Popen[str], run: int, after_s: float) -> list[str]:
-    """Lines that one writer acknowledged before it was killed, `after_s` after it was ready."""
+def run_and_kill(parent: subprocess.Popen[str], run: int, after_lines: int, after_s: float) -> list[str]:
+    """Lines that one writer acknowledged; it is killed `after_s` after its line number `after_lines`, whatever it does."""
     assert parent.stdin is not None and parent.stdout is not None
     parent.stdin.write(f"{run}\n")
     parent.stdin.flush()
     first = {parent.stdout.readline().strip(), parent.stdout.readline().strip()}  # in either order
     assert "ready" in first, first
     pid = next(int(line.split()[1]) for line in first if line.startswith("pid "))
+    lines = [parent.stdout.readline().strip() for _ in range(after_lines)]
     time.sleep(after_s)
     os.kill(pid, signal.SIGKILL)
-    return list(itertools.takewhile(lambda line: line != "dead", (line.strip() for line in parent.stdout)))
+    return lines + list(itertools.takewhile(lambda line: line != "dead", (line.strip() for line in parent.stdout)))
 
 
 def check(folder: Path, acknowledged: list[str]) -> None:
@@ -81,7 +82,7 @@ def kill_many(folder: Path, num_kills: int) -> None:
         env=environment,
     ) as parent:
         for run in range(num_kills):
-            acknowledged += run_and_kill(parent, run, rng.uniform(0.0, 0.06))
+            acknowledged += run_and_kill(parent, run, rng.randrange(30), rng.uniform(0.0, 0.006))
         assert parent.stdin is not None
         parent.stdin.close()
     assert len(acknowledged) > num_kills
