@@ -23,6 +23,7 @@ from minmo_runtime.api import (
     StreamLost,
     StreamOpened,
 )
+from minmo_runtime.event_queues import EventQueues
 from minmo_runtime.wire import StreamEnded, StreamRefused, decode_event, pack, read_body
 
 # The writer's buffer may hold this much unsent audio before `send` waits: about 6 s of four calls.
@@ -35,7 +36,7 @@ class RuntimeClient:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
-        self._queues: dict[str, asyncio.Queue[RuntimeEvent | StreamLost | None]] = {}
+        self._queues = EventQueues()
         self._open: set[str] = set()
         self._opening: dict[str, asyncio.Future[None]] = {}
         self._is_lost = False
@@ -70,14 +71,8 @@ class RuntimeClient:
                     raise StreamLost(f"no open stream {call_id!r}")
                 await self._write(request)
 
-    async def events(self, call_id: str) -> AsyncIterator[RuntimeEvent]:
-        queue = self._queue(call_id)
-        while (event := await queue.get()) is not None:
-            if isinstance(event, StreamLost):
-                self._queues.pop(call_id, None)
-                raise event
-            yield event
-        self._queues.pop(call_id, None)
+    def events(self, call_id: str) -> AsyncIterator[RuntimeEvent]:
+        return self._queues.events(call_id)
 
     async def close(self) -> None:
         self._reading.cancel()
@@ -112,28 +107,26 @@ class RuntimeClient:
                     opening.set_exception(RuntimeOverloaded(event.reason))
             case StreamEnded():
                 self._open.discard(call_id)
-                self._queue(call_id).put_nowait(None)
+                self._queues.end(call_id)
             case _:
                 if isinstance(event, StreamOpened) and (opening := self._opening.pop(call_id, None)):
                     self._open.add(call_id)
+                    self._queues.open(call_id)
                     opening.set_result(None)
                 if isinstance(event, StreamFailed):
                     self._open.discard(call_id)
-                self._queue(call_id).put_nowait(event)
+                if not self._queues.put(event):
+                    self._open.discard(call_id)
+                    self._writer.write(pack(CloseStream(call_id=call_id)))
 
     def _lose(self, reason: str) -> None:
         if self._is_lost:
             return
         self._is_lost = True
         for call_id in self._open:
-            self._queue(call_id).put_nowait(StreamLost(reason))
+            self._queues.end(call_id, StreamLost(reason))
         for opening in self._opening.values():
             if not opening.done():
                 opening.set_exception(StreamLost(reason))
         self._open.clear()
         self._opening.clear()
-
-    def _queue(self, call_id: str) -> asyncio.Queue[RuntimeEvent | StreamLost | None]:
-        # Not bounded here: the engine makes at most a few seconds of audio ahead of the wire, so what piles up is
-        # bounded there.
-        return self._queues.setdefault(call_id, asyncio.Queue())

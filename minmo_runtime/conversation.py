@@ -21,7 +21,8 @@ class Message:
     text: str
 
     def __post_init__(self) -> None:
-        assert self.role in ROLES, f"role {self.role!r}"
+        if self.role not in ROLES:
+            raise ValueError(f"role {self.role!r}: must be one of {', '.join(ROLES)}")
 
 
 @dataclass

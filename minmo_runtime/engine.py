@@ -7,6 +7,7 @@ implements `api.Runtime`; server.py puts that behind a socket. Walk: step 7.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 import time
 from collections import deque
@@ -26,12 +27,12 @@ from minmo_runtime.api import (
     StreamOpened,
 )
 from minmo_runtime.config import RuntimeConfig
+from minmo_runtime.event_queues import EventQueues
 from minmo_runtime.runner import Runner
 from minmo_runtime.scheduler import Job, JobKind, Scheduler
 from minmo_runtime.stream import Stream
 from minmo_runtime.weights import Checkpoint, load_checkpoint
 
-MAX_QUEUED_EVENTS = 4096  # per call; a consumer that lets more pile up loses its stream (StreamFailed)
 _IDLE_POLL_S = 0.02  # while a reply waits for its audio to be played
 
 
@@ -71,7 +72,11 @@ class Engine:
             case _:
                 if stream is None:
                     raise StreamLost(f"no open stream {request.call_id!r}")
-                stream.receive(request, now)
+                try:
+                    stream.receive(request, now)
+                except ValueError as error:  # a request that makes no sense ends its own stream only
+                    self._free(stream)
+                    return [StreamFailed(call_id=request.call_id, reason=f"{type(request).__name__}: {error}")]
                 return self._deliver((stream,))
 
     def step(self, now: float) -> list[RuntimeEvent]:
@@ -102,8 +107,8 @@ class Engine:
     def _open(self, request: OpenStream) -> StreamOpened:
         if len(self.streams) >= self.config.max_streams:
             raise RuntimeOverloaded(f"{len(self.streams)} streams are open, at most {self.config.max_streams}")
-        slot = self.runner.pool.take(request.call_id)
-        stream = Stream(request, slot, self.config, self.checkpoint.rates, self.checkpoint.text_tokenizer)
+        stream = Stream(request, self.config, self.checkpoint.rates, self.checkpoint.text_tokenizer)
+        stream.slot = self.runner.pool.take(request.call_id)
         stream.needs_hidden = "out" not in self.checkpoint.bridges
         stream.say_cache = self.say_cache
         self.streams[request.call_id] = stream
@@ -154,7 +159,7 @@ class EngineRuntime:
     def __init__(self, engine: Engine, clock: Callable[[], float] = time.monotonic) -> None:
         self.engine = engine
         self._clock = clock
-        self._queues: dict[str, asyncio.Queue[RuntimeEvent | StreamLost | None]] = {}
+        self._queues = EventQueues()
         self._woken = asyncio.Event()
         self._pump: asyncio.Task[None] | None = None
 
@@ -167,23 +172,25 @@ class EngineRuntime:
             self._pump.cancel()
             await asyncio.gather(self._pump, return_exceptions=True)
         for call_id in list(self.engine.streams):
-            self._put(call_id, StreamLost("the engine was stopped"))
+            self._queues.end(call_id, StreamLost("the engine was stopped"))
+
+    async def wait_failed(self) -> None:
+        """Returns only by raising what broke the engine itself (a defect outside of any one call)."""
+        assert self._pump is not None, "enter the runtime first"
+        await asyncio.shield(self._pump)
 
     async def send(self, request: RuntimeRequest) -> None:
         was_open = request.call_id in self.engine.streams
-        self._dispatch(self.engine.receive(request, self._clock()))
+        events = self.engine.receive(request, self._clock())
+        if isinstance(request, OpenStream):
+            self._queues.open(request.call_id)
+        self._dispatch(events)
         if isinstance(request, CloseStream) and was_open:
-            self._put(request.call_id, None)
+            self._queues.end(request.call_id)
         self._woken.set()
 
-    async def events(self, call_id: str) -> AsyncIterator[RuntimeEvent]:
-        queue = self._queue(call_id)
-        while (event := await queue.get()) is not None:
-            if isinstance(event, StreamLost):
-                self._queues.pop(call_id, None)
-                raise event
-            yield event
-        self._queues.pop(call_id, None)
+    def events(self, call_id: str) -> AsyncIterator[RuntimeEvent]:
+        return self._queues.events(call_id)
 
     async def _step_forever(self) -> None:
         while True:
@@ -193,24 +200,10 @@ class EngineRuntime:
                 await asyncio.sleep(0)
                 continue
             self._woken.clear()
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._woken.wait(), _IDLE_POLL_S if self.engine.has_replies else None)
-            except TimeoutError:
-                continue
 
     def _dispatch(self, events: list[RuntimeEvent]) -> None:
         for event in events:
-            self._put(event.call_id, event)
-            if isinstance(event, StreamFailed):
-                self._put(event.call_id, None)
-
-    def _queue(self, call_id: str) -> asyncio.Queue[RuntimeEvent | StreamLost | None]:
-        return self._queues.setdefault(call_id, asyncio.Queue())
-
-    def _put(self, call_id: str, event: RuntimeEvent | StreamLost | None) -> None:
-        queue = self._queue(call_id)
-        if queue.qsize() >= MAX_QUEUED_EVENTS and call_id in self.engine.streams:
-            self.engine.receive(CloseStream(call_id=call_id), self._clock())
-            queue.put_nowait(StreamFailed(call_id=call_id, reason=f"{MAX_QUEUED_EVENTS} events were not read"))
-            event = None
-        queue.put_nowait(event)
+            if not self._queues.put(event):
+                self.engine.receive(CloseStream(call_id=event.call_id), self._clock())

@@ -11,7 +11,6 @@ its text.
 
 from __future__ import annotations
 
-import asyncio
 import math
 import re
 from array import array
@@ -46,8 +45,8 @@ from minmo_runtime.api import (
     ToolCallRequested,
     ToolResult,
 )
+from minmo_runtime.event_queues import EventQueues
 
-MAX_QUEUED_EVENTS = 8192  # per call; a consumer that lets more pile up loses its stream (StreamFailed)
 _TONE_HZ = 180.0
 _PREDICTION_SAMPLES = INPUT_SAMPLE_RATE_HZ * 160 // 1000
 
@@ -407,7 +406,7 @@ class FakeRuntime:
         self.max_streams = max_streams
         self.streams: dict[str, FakeStream] = {}
         self.requests: list[RuntimeRequest] = []  # everything that was asked but audio: tests read it
-        self._queues: dict[str, asyncio.Queue[RuntimeEvent | StreamLost | None]] = {}
+        self._queues = EventQueues()
 
     async def send(self, request: RuntimeRequest) -> None:
         if not isinstance(request, PushAudio):
@@ -420,50 +419,30 @@ class FakeRuntime:
                     raise RuntimeOverloaded(f"{len(self.streams)} streams are open, at most {self.max_streams}")
                 script = self.scripts.get(request.call_id, self.script)
                 self.streams[request.call_id] = FakeStream(request, script)
-                self._put(
-                    request.call_id,
+                self._queues.open(request.call_id)
+                self._queues.put(
                     StreamOpened(
                         call_id=request.call_id,
                         output_sample_rate_hz=script.output_sample_rate_hz,
                         checkpoint="fake",
                         bridges=("in", "out", "duplex"),
-                    ),
+                    )
                 )
             case CloseStream():
                 if self.streams.pop(request.call_id, None) is not None:
-                    self._put(request.call_id, None)
+                    self._queues.end(request.call_id)
             case _:
                 stream = self.streams.get(request.call_id)
                 if stream is None:
                     raise StreamLost(f"no open stream {request.call_id!r}")
                 for event in stream.receive(request):
-                    self._put(request.call_id, event)
-                    if isinstance(event, StreamFailed):
-                        del self.streams[request.call_id]
-                        self._put(request.call_id, None)
+                    if not self._queues.put(event) or isinstance(event, StreamFailed):
+                        self.streams.pop(request.call_id, None)
 
-    async def events(self, call_id: str) -> AsyncIterator[RuntimeEvent]:
-        queue = self._queue(call_id)
-        while (event := await queue.get()) is not None:
-            if isinstance(event, StreamLost):
-                self._queues.pop(call_id, None)
-                raise event
-            yield event
-        self._queues.pop(call_id, None)
+    def events(self, call_id: str) -> AsyncIterator[RuntimeEvent]:
+        return self._queues.events(call_id)
 
     def lose(self, call_id: str) -> None:
         """The engine dies under this call: its events raise StreamLost, and so does the next request."""
         self.streams.pop(call_id, None)
-        self._put(call_id, StreamLost(f"stream {call_id!r} was lost"))
-
-    def _queue(self, call_id: str) -> asyncio.Queue[RuntimeEvent | StreamLost | None]:
-        return self._queues.setdefault(call_id, asyncio.Queue())
-
-    def _put(self, call_id: str, event: RuntimeEvent | StreamLost | None) -> None:
-        queue = self._queue(call_id)
-        if queue.qsize() == MAX_QUEUED_EVENTS:
-            self.streams.pop(call_id, None)
-            event = StreamFailed(call_id=call_id, reason=f"{MAX_QUEUED_EVENTS} events were not read")
-            queue.put_nowait(event)
-            event = None
-        queue.put_nowait(event)
+        self._queues.end(call_id, StreamLost(f"stream {call_id!r} was lost"))

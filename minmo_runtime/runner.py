@@ -24,11 +24,10 @@ from minmo_runtime.model.encoder import EncoderState
 from minmo_runtime.model.interleave import Phase
 from minmo_runtime.reply import Reply, ReplyPhase
 from minmo_runtime.scheduler import Job, JobKind
-from minmo_runtime.stream import Stream, Truncation
+from minmo_runtime.stream import TOOL_CALL, TOOL_CALL_END, TURN_END, Stream, Truncation
 from minmo_runtime.text import TextStream, parse_tool_line, speak_digits
 from minmo_runtime.weights import Checkpoint
 
-TURN_END, TOOL_CALL, TOOL_CALL_END = "<|im_end|>", "<tool_call>", "</tool_call>"
 _PCM_SCALE = 32768.0
 _CHUNKS_PER_ALIGN_JOB = 2
 _ALIGN_BEYOND_CUT_S = 0.5  # of our own audio behind the cut: it shows whether the last word was complete

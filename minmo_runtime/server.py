@@ -78,6 +78,7 @@ class RuntimeServer:
                 except StreamLost:
                     continue  # it failed a moment ago; StreamFailed and StreamEnded are on their way
                 if isinstance(request, OpenStream):
+                    forwards = {key: task for key, task in forwards.items() if not task.done()}
                     forwards[call_id] = asyncio.create_task(self._forward(call_id, writer), name=f"forward-{call_id}")
         except (ConnectionError, msgspec.ValidationError, msgspec.DecodeError) as error:
             print(f"engine: connection dropped: {error}", file=sys.stderr)
@@ -125,7 +126,17 @@ async def _run(arguments: argparse.Namespace) -> None:
     engine = load_engine(Path(arguments.checkpoint), RuntimeConfig(**settings))
     runtime = EngineRuntime(engine)
     async with runtime:
-        await serve_until_stopped(runtime, Path(arguments.socket))
+        # A defect of the engine itself ends the process: the parent starts a clean one, calls go on from their journal.
+        tasks = {
+            asyncio.create_task(serve_until_stopped(runtime, Path(arguments.socket)), name="serve"),
+            asyncio.create_task(runtime.wait_failed(), name="engine-failed"),
+        }
+        done, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        for task in done:
+            task.result()
 
 
 def main() -> None:

@@ -41,6 +41,7 @@ from minmo_runtime.reply import Reply, ReplyPhase
 from minmo_runtime.text import TextTokenizer, normalise_spoken
 
 MAX_CACHED_SENTENCES = 64  # of all calls together; about 3 s of 24 kHz audio each, 10 MB in all
+TURN_END, TOOL_CALL, TOOL_CALL_END = "<|im_end|>", "<tool_call>", "</tool_call>"
 _MARKUP = re.compile(r"<[^<>]*>|[<>|]")
 
 
@@ -65,11 +66,9 @@ class Truncation:
 class Stream:
     """Owned and changed by the engine only."""
 
-    def __init__(
-        self, request: OpenStream, slot: int, config: RuntimeConfig, rates: Rates, tokenizer: TextTokenizer
-    ) -> None:
+    def __init__(self, request: OpenStream, config: RuntimeConfig, rates: Rates, tokenizer: TextTokenizer) -> None:
         self.call_id = request.call_id
-        self.slot = slot  # of both caches
+        self.slot = -1  # of both caches; given by the engine
         self.config = config
         self.rates = rates
         self.seed = request.seed
@@ -113,7 +112,7 @@ class Stream:
             case DiscardOverlap():
                 self.ear.discard(overlap=True)
             case _:
-                raise ValueError(f"{type(request).__name__} is not a request to an open stream")
+                raise ValueError("not a request to an open stream")
 
     def _start_reply(self, request: StartReply, now: float) -> None:
         self.ear.adopt_overlap()  # neither discarded nor cut by: it is part of what is answered
@@ -164,11 +163,11 @@ class Stream:
             self.ear.discard(overlap=True)
         else:
             self.ear.adopt_overlap()
-        played = 0 if request.reason == "false_end" else max(0, request.played_samples)
+        played = 0 if request.reason == "false_end" else max(0, min(request.played_samples, reply.num_samples))
         self.truncations.append(Truncation(reply, played, request.reason))
         if played == 0:
             self.finish_truncation(self.truncations[-1], "")
-        elif reply.phase is ReplyPhase.DONE and played >= reply.num_samples:
+        elif reply.phase is ReplyPhase.DONE and played == reply.num_samples:
             self.finish_truncation(self.truncations[-1], reply.text)
 
     # -------------------------------------------------------------- what is next
@@ -255,6 +254,8 @@ class Stream:
         else:
             if reply.messages_base is not None:
                 self.conversation.messages = reply.messages_base
+            if reply.phase is ReplyPhase.TOOL:
+                self._forget_tool_call()
             self._add_spoken(plain(heard_text))
         reply.phase = ReplyPhase.DONE
         self.conversation.retarget()
@@ -287,6 +288,14 @@ class Stream:
                 arguments=arguments,
             )
         )
+
+    def _forget_tool_call(self) -> None:
+        """A call for a tool whose result will never come does not stay in the context."""
+        messages = self.conversation.messages
+        for index in range(len(messages) - 1, -1, -1):
+            if TOOL_CALL in messages[index].text:
+                del messages[index]
+                return
 
     def _remember(self, reply: Reply) -> None:
         """Keep a fixed sentence's samples, so that the next call gets it at once; a bounded number of them."""
