@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run_and_kill(parent: subprocess.Popen[str], run: int, after_lines: int, after_s: float) -> list[str]:
-    """Lines that one writer acknowledged; it is killed `after_s` after its line number `after_lines`, whatever it does."""
+    """Lines that one writer acknowledged; it is killed `after_s` after line number `after_lines`."""
     assert parent.stdin is not None and parent.stdout is not None
     parent.stdin.write(f"{run}\n")
     parent.stdin.flush()
