@@ -44,6 +44,7 @@ SHOPS = (
 )
 RANDOM_SHARE = 0.28  # of caller sentences: words in no order, so that the encoder learns sounds, not phrases
 GENERAL_SHARE = 0.25  # of agent sentences
+SHAPE_SHARE = 0.6  # of training phrasings: the more ways to say it, the better unseen ones are understood
 
 
 @cache
@@ -154,10 +155,22 @@ def fill_phrase(template: str, spoken: str, day_name: str) -> str:
     return template.replace("{n}", spoken).replace("{d}", day_name)
 
 
-def phrase(intent: str, split: str, rng: random.Random) -> str:
-    """A template of the intent; wrapped by openers, polite requests and closers where they fit."""
+def template(intent: str, split: str, rng: random.Random) -> str:
+    """A phrasing of the intent; in training mostly put together from shapes, but never one that is held out."""
     table = phrases()
+    shapes = table["shapes"].get(intent)
+    if split == "train" and shapes and rng.random() < SHAPE_SHARE:
+        words = " ".join(part for part in (rng.choice(choices) for choices in rng.choice(shapes)) if part)
+        if words not in held_phrases():
+            return words
     text: str = rng.choice(table[intent][split])
+    return text
+
+
+def phrase(intent: str, split: str, rng: random.Random) -> str:
+    """A phrasing, wrapped by openers, polite requests and closers where they fit."""
+    table = phrases()
+    text = template(intent, split, rng)
     if intent.startswith(("order_status", "hours")) and text.startswith(("when ", "where ", "what ", "how ", "which ")):
         if rng.random() < 0.15:
             text = f"{rng.choice(table['requests'])} {text}"
@@ -179,7 +192,12 @@ WRAPPED_INTENTS = frozenset(
     "order_status order_status_number hours_day hours change change_day change_number change_both person trouble "
     "who_are_you are_you_robot what_can_you_do off_topic how_are_you slower".split()
 )
-INTENTS = tuple(name for name, value in phrases().items() if isinstance(value, dict))
+INTENTS = tuple(name for name, value in phrases().items() if isinstance(value, dict) and name != "shapes")
+
+
+@cache
+def held_phrases() -> frozenset[str]:
+    return frozenset(text for intent in INTENTS for text in phrases()[intent]["held"])
 
 
 def persona_name(rng: random.Random) -> str:

@@ -25,7 +25,7 @@ TASKS = (
     *("slower", "trouble", "trouble", "off_topic", "garbage", "goodbye", "no", "yes"),
 )
 FOLLOW_UPS = {  # what the agent waits for -> what callers then say
-    "number": ("number_only",) * 8 + ("wait", "repeat"),
+    "number": ("number_only",) * 12 + ("wait", "repeat"),
     "day": ("day_only",) * 8 + ("wait", "repeat"),
     "more": ("no",) * 4 + ("yes",) * 3 + ("goodbye", "goodbye", "thanks", "repeat", "repeat"),
     "person": ("yes", "yes", "no"),
@@ -148,7 +148,7 @@ class DialogueWriter:
         rng = self.rng
         draw = rng.random()
         if draw < 0.5:
-            return garble(general.random_words(rng, 1, 5), rng, 0.4) or "uh"
+            return garble(general.random_words(rng, 2, 6), rng, 0.4) or "uh"
         if draw < 0.8:
             return garble(general.general_sentence(rng), rng, 0.35) or "uh"
         return rng.choice(("uh", "um", "the", "a", "and", "i", "so", "the the", "it it", "and the", "is", "of"))

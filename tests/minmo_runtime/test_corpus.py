@@ -35,6 +35,14 @@ def test_no_held_out_phrasing_is_a_training_phrasing() -> None:
     assert not trained & held
 
 
+def test_shapes_never_make_a_held_out_phrasing() -> None:
+    rng = random.Random(11)
+    for intent in corpus.INTENTS:
+        made = {corpus.template(intent, "train", rng) for _ in range(400)}
+        assert not made & corpus.held_phrases()
+        assert len(made) > len(corpus.phrases()[intent]["train"])
+
+
 @pytest.mark.parametrize("intents", MIN_PHRASINGS, ids=lambda intents: intents[0])
 def test_each_intent_has_enough_phrasings(intents: tuple[str, ...]) -> None:
     trained = {text for intent in intents for text in corpus.phrases()[intent]["train"]}
