@@ -67,11 +67,15 @@ def serve(
 
 
 @app.command()
-def demo(as_json: AsJson = False) -> None:
+def demo(
+    as_json: AsJson = False,
+    checkpoint: Annotated[str, typer.Option(help="Another folder of weights.")] = "",
+    seed: Annotated[int | None, typer.Option(help="Draw the same order number again.")] = None,
+) -> None:
     """A caller dials the agent over SIP on this machine; exit 0 only if everything it claims was true."""
     from agent.demo import run_demo
 
-    raise typer.Exit(run_demo(as_json=as_json))
+    raise typer.Exit(run_demo(as_json=as_json, checkpoint=checkpoint, seed=seed))
 
 
 @app.command()

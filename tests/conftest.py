@@ -32,7 +32,8 @@ def are_peers_required() -> bool:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--golden-dir", default=None, help="folder of golden vectors (default: ../shared/reference, else the fixtures)")
+    meaning = "folder of golden vectors (default: ../shared/reference, else the fixtures)"
+    parser.addoption("--golden-dir", default=None, help=meaning)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
