@@ -247,18 +247,29 @@ class WorkerClient:
         again."""
         deadline_s = time.monotonic() + timeout_s
         while True:
-            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
-                connection.connect(str(socket_path))
-                connection.setblocking(False)
-                client = cls(connection, config or TelephonyConfig())
-                await client._start(max(0.1, deadline_s - time.monotonic()))
-                return client
+                return await cls._connect_once(str(socket_path), deadline_s, config or TelephonyConfig())
             except (OSError, WorkerLost, TimeoutError) as error:
-                connection.close()
                 if time.monotonic() > deadline_s:
                     raise WorkerLost(f"no media worker at {socket_path} within {timeout_s} s: {error}") from error
                 await asyncio.sleep(0.05)
+
+    @classmethod
+    async def _connect_once(cls, socket_path: str, deadline_s: float, config: TelephonyConfig) -> WorkerClient:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connection.connect(socket_path)
+        except OSError:
+            connection.close()
+            raise
+        connection.setblocking(False)
+        client = cls(connection, config)
+        try:
+            await client._start(max(0.1, deadline_s - time.monotonic()))
+        except BaseException:  # cancellation too: the socket must not stay registered with the loop
+            client._lose()
+            raise
+        return client
 
     async def _start(self, timeout_s: float) -> None:
         asyncio.get_running_loop().add_reader(self._socket.fileno(), self.receive)
@@ -375,6 +386,7 @@ class WorkerClient:
             self._alive_task.cancel()
         if not self._greeted.done():
             self._greeted.set_exception(WorkerLost("the worker closed the connection"))
+            self._greeted.exception()  # retrieved, in case nobody waits any more
         for waiting in self._placing.values():
             if not waiting.done():
                 waiting.set_exception(WorkerLost("the worker is gone"))
