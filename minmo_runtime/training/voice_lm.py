@@ -229,7 +229,7 @@ def build(settings: dict[str, Any], text_vocab_size: int, seed: int) -> VoiceLm:
 
 @torch.no_grad()
 def start_from_digits(model: VoiceLm, levels: list[int], generator: torch.Generator) -> None:
-    """Rows of the token table and of the head as sums over the token's FSQ digits: neighbours in sound start as neighbours."""
+    """Rows of the table and of the head as sums over the FSQ digits: neighbours in sound start as neighbours."""
     ids = torch.arange(model.dims.speech_token_size)
     digits = torch.zeros(len(ids), len(levels))
     for place, level in enumerate(levels):
