@@ -21,7 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from agent import rendering
-from agent.call import Call, CallSetup
+from agent.call import Call
+from agent.call_setup import CallSetup
 from agent.config import Config
 from agent.engine_link import EngineLink
 from agent.events import ShutDown

@@ -6,7 +6,7 @@ back to the same three. It translates and chains, nothing else:
 
     who may speak          agent/turn_taking.py      (asked at every event; its actions are carried out by `_obey`)
     what was heard         agent/playout_book.py, agent/transcript.py
-    what the caller said   agent/caller_words.py
+    what the caller said   agent/caller_side.py
     what tools may do      agent/tools/desk.py       (two phases)
     what policies decide   agent/escalation.py       (admission was before)
 
@@ -18,48 +18,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 from agent import events as own
 from agent import floor
-from agent.caller_words import CallerWords, count_trailing_digits
+from agent.call_setup import CACHED_PURPOSES, CallSetup
+from agent.caller_side import CallerSide
+from agent.caller_words import count_trailing_digits
 from agent.escalation import Escalation
 from agent.events import CallAction, CallEvent, Keep
 from agent.keypad import Keypad, Outcome
 from agent.metrics import WireTimes
 from agent.playout_book import Piece, PlayoutBook, Speech
-from agent.prompts.lines import CallLines
 from agent.tools.catalogue import CallFrame
 from agent.tools.desk import ToolDesk
 from agent.transcript import Transcript
-from agent.turn_taking import State, TurnTaking, TurnTakingConfig
+from agent.translate import play_command, predicted
+from agent.turn_taking import State, TurnTaking
 from minmo_runtime import api
-from policies.engine import PolicyEngine
-from policies.facts import CallFacts
 from telephony import leg as tel
 from telephony.resample import StreamResampler
-
-CACHED_PURPOSES = frozenset({"notice", "notice_without_recording", "apology", "filler", "engine_lost"})
-
-
-@dataclass(frozen=True, kw_only=True)
-class CallSetup:
-    """Everything a call knows before its first event."""
-
-    call_id: str
-    leg_id: str
-    sample_rate_hz: int
-    facts: CallFacts
-    policy: PolicyEngine
-    lines: CallLines
-    order_digits: int
-    tools: tuple[str, ...]
-    turn_taking: TurnTakingConfig = field(default_factory=TurnTakingConfig)
-    digit_timeout_s: float = 4.0
-    min_confidence: float = 0.35  # mean posterior of the caller's words below which the agent asks again
-    rendered: Mapping[str, bytes] = field(default_factory=dict)  # sentence -> audio made before the call
-    rendered_rate_hz: int = 24_000
-    seed: int = 0
 
 
 class Call:
@@ -70,9 +47,9 @@ class Call:
         self.call_id, self.leg_id = setup.call_id, setup.leg_id
         self.escalation = Escalation(setup.policy, setup.facts, setup.min_confidence)
         self.turns = TurnTaking(setup.turn_taking, slot_digits=setup.order_digits)
-        self.words = CallerWords()
         self.book = PlayoutBook(setup.sample_rate_hz)
         self.transcript = Transcript()
+        self.caller = CallerSide(self.transcript, setup.sample_rate_hz)
         self.wire = WireTimes(setup.sample_rate_hz)
         self.keypad = Keypad(setup.order_digits, setup.digit_timeout_s)
         frame = CallFrame(setup.order_digits, setup.facts.started_at.weekday())
@@ -89,7 +66,6 @@ class Call:
         self._flushing: dict[str, str] = {}  # item -> reason of the cut that waits for its exact count
         self._held_requests: list[api.RuntimeRequest] = []  # what must not overtake a CancelReply
         self._cut_at: dict[str, int] = {}  # turn -> leg samples played when it was cut
-        self._caller_turn_id = ""  # row of the caller turn that may still go on
         self._typed = ""  # a number typed on the keypad, not answered yet
         self._owed_text = ""  # what the caller said to an engine that died before it answered
         self._waiting_reply = ""  # the turn that will answer it as soon as there is an engine
@@ -133,7 +109,7 @@ class Call:
             case api.Caption():
                 self._on_caption(event, now)
             case api.DuplexPrediction():
-                self._floor(_predicted(event), now)
+                self._floor(predicted(event), now)
             case api.TextDelta() if self._purposes.get(event.turn_id) == "reply":
                 self.transcript.agent_writes(event.turn_id, event.text)
             case api.AudioDelta():
@@ -157,7 +133,7 @@ class Call:
                 self._on_runtime_lost(event.reason, now)
             case own.RuntimeReady():
                 # What the dead engine did not answer is said again as the open turn, so it is not history yet.
-                self._open_stream(self.transcript.history(without=self._caller_turn_id if self._owed_text else ""))
+                self._open_stream(self.transcript.history(without=self.caller.turn_id if self._owed_text else ""))
             case own.Tick():
                 self._on_tick(now)
             case own.ShutDown():
@@ -238,13 +214,11 @@ class Call:
         self._is_over = True
 
     def _cut_everything_played(self) -> None:
-        """What the caller had heard when the line went dead; no aligner is asked any more, so the share of samples
-        decides.
-        """
+        """What the caller had heard when the line went dead; no aligner is asked any more."""
         for turn in self.turns.queue:
             speech = self.book.speeches.get(turn.turn_id)
             if speech is not None and self.book.is_audible(speech):
-                self._keep_cut(speech, self._share_heard(speech))
+                self._keep_cut(speech)
             self._out += self.desk.cut(turn.turn_id)
 
     # ================================================================ the caller
@@ -263,33 +237,15 @@ class Call:
         self._watch_playout(now)
 
     def _on_caption(self, event: api.Caption, now: float) -> None:
-        is_open = self.words.hear(event)
+        is_open = self.caller.words.hear(event)
         if is_open:
-            text = self.words.text
-            self._floor(floor.CallerWords(text, self.words.confidence, count_trailing_digits(text)), now)
+            text = self.caller.words.text
+            self._floor(floor.CallerWords(text, self.caller.words.confidence, count_trailing_digits(text)), now)
         if event.is_final:
             fields = {"text": event.text, "confidence": round(event.confidence, 3), "during_reply": event.during_reply}
             self._out.append(Keep("journal_append", {"name": "caption", **fields}))
-            if is_open and self._caller_turn_id and self.turns.state is State.THINKING:
-                self._correct_caller_turn()
-
-    def _keep_caller_turn(self, text: str, confidence: float, *, source: str = "voice", intent: str = "") -> None:
-        first, last = (self._leg_sample(s) for s in self.words.span)
-        turn_id, kept = self.transcript.caller_spoke(
-            text, start_sample=first, end_sample=last, confidence=confidence, source=source, intent=intent
-        )
-        self._out += kept
-        if not intent:
-            self._caller_turn_id = turn_id
-
-    def _correct_caller_turn(self) -> None:
-        last = self._leg_sample(self.words.span[1])
-        self._out += self.transcript.caller_corrected(
-            self._caller_turn_id, self.words.text, end_sample=last, confidence=self.words.confidence
-        )
-
-    def _leg_sample(self, sample_16k: int) -> int:
-        return sample_16k * self.setup.sample_rate_hz // api.INPUT_SAMPLE_RATE_HZ
+            if is_open and self.caller.turn_id and self.turns.state is State.THINKING:
+                self._out += self.caller.correct_turn()
 
     def _on_key(self, digit: str, now: float) -> None:
         self._out.append(Keep("journal_append", {"name": "key", "digit": digit}))
@@ -311,15 +267,7 @@ class Call:
     # ============================================================ what was heard
 
     def _give(self, pieces: list[Piece]) -> None:
-        for piece in pieces:
-            play = tel.Play(
-                leg_id=self.leg_id,
-                item_id=piece.item_id,
-                pcm=piece.pcm,
-                sample_rate_hz=piece.rate_hz,
-                is_final=piece.is_final,
-            )
-            self._out.append(play)
+        self._out += [play_command(self.leg_id, piece) for piece in pieces]
 
     def _on_played(self, item_id: str, played_samples: int, is_over: bool, now: float) -> None:
         found = self.book.played(item_id, played_samples, is_over=is_over, now=now)
@@ -342,13 +290,14 @@ class Call:
         self._out += self.transcript.agent_audible(turn_id, self.sample)
         if self._purposes[turn_id] == "filler":
             return
-        if self.words.text and not self._caller_turn_id and self._purposes[turn_id] != "reply":
-            self._keep_caller_turn(self.words.text, self.words.confidence)  # said over a protected line
-        self._caller_turn_id = ""
-        self.words.begin_turn(self._pushed_16k)
+        if self.caller.words.text and not self.caller.turn_id and self._purposes[turn_id] != "reply":
+            self._out += self.caller.keep_turn()  # said over a protected line
+        self.caller.turn_id = ""
+        self.caller.words.begin_turn(self._pushed_16k)
 
     def _on_heard_out(self, turn_id: str, now: float) -> None:
-        self._out += self.transcript.agent_heard(turn_id, self.sample)
+        if turn_id in self._audible:  # a reply without a sound (a bare tool call) leaves no row
+            self._out += self.transcript.agent_heard(turn_id, self.sample)
         self._floor(floor.Heard(turn_id, is_finished=True), now)
 
     def _on_turn_over(self, turn_id: str, now: float) -> None:
@@ -375,10 +324,10 @@ class Call:
         if row is None or not row.generated:
             self.transcript.agent_writes(event.turn_id, event.text)
         self._give(self.book.add(event.turn_id, b"", self._output_rate_hz, is_final=True, now=now))
-        if not event.num_samples and event.turn_id in self.book.speeches:
-            self._out.append(
-                Keep("add_defect", {"kind": "empty_reply", "detail": event.text, "turn_id": event.turn_id})
-            )
+        if not event.num_samples and not self.desk.is_waiting_for(event.turn_id):
+            fields = {"kind": "empty_reply", "detail": event.text, "turn_id": event.turn_id}
+            self._out.append(Keep("add_defect", fields))
+            self._floor(floor.LineWanted("apology"), now)
 
     # ================================================================ who may speak
 
@@ -408,8 +357,8 @@ class Call:
                 self._out += [Keep("add_metric", figure) for figure in self.wire.resumed()]
                 self._request(api.DiscardOverlap(call_id=self.call_id))
                 if action.words:
-                    self._keep_caller_turn(action.words, self.words.confidence, intent=action.why)
-                self.words.begin_turn(self._pushed_16k)
+                    self._out += self.caller.keep_turn(action.words, intent=action.why)
+                self.caller.words.begin_turn(self._pushed_16k)
             case floor.Filler():
                 self._say_filler(action.turn_id, "filler", now)
             case floor.Defect():
@@ -431,14 +380,14 @@ class Call:
             self._say_line(action.turn_id, purpose, now)
             return
         if self._typed:
-            self._keep_caller_turn(text, 1.0, source="keypad")
+            self._out += self.caller.keep_turn(text, source="keypad")
         self._typed = ""
         self._start_reply(action.turn_id, text)
 
     def _start_reply(self, turn_id: str, text: str) -> None:
         """`text`: the caller's turn where the runtime has not heard it by itself."""
         if not self._has_runtime:
-            self._owed_text = text or self.words.text
+            self._owed_text = text or self.caller.words.text
             self._waiting_reply = turn_id
             return
         self._owed_text = self._waiting_reply = ""
@@ -448,12 +397,12 @@ class Call:
 
     def _how_to_answer(self, action: floor.TakeFloor) -> str:
         """Keeps what the caller said; the model answers it if it was understood, else the policy says what happens."""
-        text = self.words.text or action.caller_words
-        if self._caller_turn_id:
-            self._correct_caller_turn()
+        text = self.caller.words.text or action.caller_words
+        if self.caller.turn_id:
+            self._out += self.caller.correct_turn()
         elif text:
-            self._keep_caller_turn(text, self.words.confidence)
-        purpose = self.escalation.line_for(text, self.words.confidence)
+            self._out += self.caller.keep_turn(text)
+        purpose = self.escalation.line_for(text, self.caller.words.confidence)
         self._out += self.escalation.take_kept()
         return purpose
 
@@ -513,7 +462,7 @@ class Call:
             cancel = api.CancelReply(call_id=self.call_id, turn_id=turn_id, played_samples=played, reason=reason)
             self._out.append(cancel)  # not through _request: it is what the others wait for
         else:
-            self._keep_cut(speech, self._share_heard(speech))
+            self._keep_cut(speech)
         self._purposes.pop(turn_id, None)
 
     def _on_truncated(self, event: api.ReplyTruncated) -> None:
@@ -525,19 +474,13 @@ class Call:
             end_sample=self.sample,
         )
 
-    def _keep_cut(self, speech: Speech, heard: str) -> None:
-        offset = speech.played_samples_of_leg
+    def _keep_cut(self, speech: Speech) -> None:
+        """Without the encoder's alignment: as many whole words as the share of samples that were played."""
+        share = self.book.played_of(speech) / max(1, speech.made_samples)
+        heard, offset = self.transcript.share_of(speech.turn_id, share), speech.played_samples_of_leg
         self._out += self.transcript.agent_cut(
             speech.turn_id, heard, "", cut_offset_samples=offset, end_sample=self.sample
         )
-
-    def _share_heard(self, speech: Speech) -> str:
-        """Without the encoder's alignment: as many whole words as the share of samples that were played."""
-        row = self.transcript.rows.get(speech.turn_id)
-        if row is None or not speech.made_samples:
-            return ""
-        words = row.generated.split()
-        return " ".join(words[: int(len(words) * self.book.played_of(speech) / speech.made_samples)])
 
     def _request(self, request: api.RuntimeRequest) -> None:
         if not self._has_runtime:
@@ -629,8 +572,8 @@ class Call:
         self._held_requests = []
         self._out += [Keep("add_defect", {"kind": "engine_lost", "detail": reason}), own.ReopenRuntime()]
         lost = [turn for turn in self.turns.queue if not self._is_complete(turn.turn_id)]
-        if lost and self._purposes.get(lost[0].turn_id) == "reply" and not lost[0].is_audible and self._caller_turn_id:
-            self._owed_text = self.transcript.rows[self._caller_turn_id].text
+        if lost and self._purposes.get(lost[0].turn_id) == "reply" and not lost[0].is_audible and self.caller.turn_id:
+            self._owed_text = self.transcript.rows[self.caller.turn_id].text
         else:
             self._must_apologise = bool(lost)
         for turn in lost:
@@ -641,15 +584,3 @@ class Call:
     def _is_complete(self, turn_id: str) -> bool:
         speech = self.book.speeches.get(turn_id)
         return speech is not None and speech.is_complete
-
-
-def _predicted(event: api.DuplexPrediction) -> floor.Predicted:
-    return floor.Predicted(
-        at_s=event.sample / api.INPUT_SAMPLE_RATE_HZ,
-        idle=event.idle,
-        user_continues=event.user_continues,
-        user_done=event.user_done,
-        user_waits=event.user_waits,
-        backchannel=event.backchannel,
-        interrupt=event.interrupt,
-    )

@@ -14,7 +14,7 @@ import wave
 from collections.abc import Iterable
 from pathlib import Path
 
-from agent.call import CACHED_PURPOSES
+from agent.call_setup import CACHED_PURPOSES
 from agent.prompts.lines import LineBook
 from minmo_runtime import api
 from policies.campaign import Campaign

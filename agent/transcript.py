@@ -105,6 +105,11 @@ class Transcript:
         fields |= {"end_sample": end_sample, "was_interrupted": True}
         return [Keep("update_turn", {"turn_id": turn_id, **fields})]
 
+    def share_of(self, turn_id: str, share: float) -> str:
+        """As many whole words of what was generated, rounded down."""
+        words = self.rows[turn_id].generated.split() if turn_id in self.rows else []
+        return " ".join(words[: int(len(words) * share)])
+
     # ------------------------------------------------------------------ context
 
     def history(self, without: str = "") -> tuple[tuple[str, str], ...]:

@@ -64,6 +64,10 @@ class ToolDesk:
         state = "done" if done.is_ok else "failed"
         return [self._keep(tool.turn_id, tool.tool_call_id, tool.name, tool.arguments, state, done.result), *actions]
 
+    def is_waiting_for(self, turn_id: str) -> bool:
+        """Something that this reply asked for is not done yet."""
+        return any(tool.turn_id == turn_id for tool in self.pending.values())
+
     def heard(self, turn_id: str) -> list[CommitTool]:
         """The reply was heard to its end: phase two of what it asked for."""
         ready = [tool for tool in self.pending.values() if tool.turn_id == turn_id and tool.is_checked]

@@ -12,7 +12,8 @@ from collections import deque
 from functools import cache
 from typing import Any
 
-from agent.call import Call, CallSetup
+from agent.call import Call
+from agent.call_setup import CallSetup
 from agent.events import (
     CallEvent,
     CommitTool,
