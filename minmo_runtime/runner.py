@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from minmo_runtime import features
@@ -34,6 +35,8 @@ _ALIGN_BEYOND_CUT_S = 0.5  # of our own audio behind the cut: it shows whether t
 # A voice that does not find its end is stopped: slow speech is about 3 text tokens a second, 25 / 3 = 8.3 voice
 # tokens each.
 _MAX_VOICE_PER_TEXT = 12.0
+# RMS 8 of 32768 (-72 dBFS): 3 to 30 recognised equally well, 0 clearly worse (nano, 9 sentences).
+_DITHER = np.random.default_rng(0).normal(0.0, 8.0, 1 << 16).astype(np.float32)
 
 
 class StreamFailure(Exception):
@@ -136,7 +139,8 @@ class Runner:
         if segment.fbank is None:
             segment.fbank = features.FbankStream(self.encoder.dims.num_mel_bins)
             segment.pending_features = torch.zeros(0, self.encoder.dims.num_mel_bins)
-        waveform = torch.from_numpy(segment.take_pcm().astype(np.float32) / _PCM_SCALE)
+        pcm = segment.take_pcm()
+        waveform = to_waveform(pcm, segment.num_samples - len(pcm))
         waiting = torch.cat([segment.pending_features, segment.fbank.push(waveform)])
         wanted = self.chunk_fbank_frames
         chunk, segment.pending_features = waiting[:wanted], waiting[wanted:]
@@ -369,7 +373,8 @@ class Runner:
         rate = self.rates.output_sample_rate_hz
         beyond = round(_ALIGN_BEYOND_CUT_S * rate)
         pcm = np.concatenate(truncation.reply.pcm)[: truncation.played_samples + beyond]
-        waveform = resample(torch.from_numpy(pcm.astype(np.float32) / _PCM_SCALE), rate, features.SAMPLE_RATE_HZ)
+        waveform = resample(torch.from_numpy(pcm.astype(np.float32)), rate, features.SAMPLE_RATE_HZ).numpy()
+        waveform = to_waveform(waveform)
         frames = features.fbank(
             torch.nn.functional.pad(waveform, (0, features.WINDOW_SAMPLES)), self.encoder.dims.num_mel_bins
         )
@@ -397,6 +402,17 @@ def first_words(text: str, count: int) -> str:
     for word in words:
         end = text.index(word, end) + len(word)
     return text[:end].strip()
+
+
+def to_waveform(pcm: NDArray[np.number], first_sample: int = 0) -> Tensor:
+    """16 kHz samples on the int16 scale → waveform for the encoder, with dither (Kaldi's word for a little noise).
+
+    Digital silence, which no training clip and no real line has, would stand at the floor of the log: with it the
+    encoder loses and doubles words at the edges of speech. The noise is read from a table by sample index: the same
+    for any chunks.
+    """
+    index = np.arange(first_sample, first_sample + len(pcm)) % len(_DITHER)
+    return torch.from_numpy((pcm + _DITHER[index]).astype(np.float32) / np.float32(_PCM_SCALE))
 
 
 def resample(waveform: Tensor, from_hz: int, to_hz: int) -> Tensor:

@@ -37,6 +37,7 @@ from minmo_runtime.conversation import Message
 from minmo_runtime.ctc import GreedyCtc
 from minmo_runtime.engine import Engine
 from minmo_runtime.random_checkpoint import write_random_checkpoint
+from minmo_runtime.runner import to_waveform
 from minmo_runtime.scheduler import PlainScheduler, Scheduler
 from minmo_runtime.weights import Checkpoint, load_checkpoint
 
@@ -348,10 +349,10 @@ def test_captions_equal_the_offline_encoder_on_the_same_segment(checkpoint: Chec
     push(clock, "a", after, False, at)
     clock.run()
     finals = [c for c in clock.of(Caption) if c.is_final]
-    heard = np.concatenate([quiet[-480 * 16 :], speech, after[: 640 * 16]]).astype(np.float32) / 32768
+    heard = np.concatenate([quiet[-480 * 16 :], speech, after[: 640 * 16]])
     encoder = checkpoint.modules.encoder
     with torch.inference_mode():
-        frames = features.fbank(torch.from_numpy(heard))
+        frames = features.fbank(to_waveform(heard))
         frames = torch.cat([frames, frames[-1:].expand(-len(frames) % 16, -1)])
         log_probs = encoder.ctc_log_probs(encoder(frames[None]))[0].numpy()
     greedy = GreedyCtc()
