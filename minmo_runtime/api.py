@@ -1,10 +1,11 @@
 """CONTRACT: the MinMo runtime, as requests in and events out.
 
-The agent opens one stream per call, pushes the caller's audio all the time (also while the agent speaks), and decides who
-has the floor; the runtime listens, predicts, and speaks. Requests and events are frozen tagged structs of builtins: the same
-contract suite runs in-process, over a Unix socket, and later over Ray. No tensor, callback or object crosses.
+The agent opens one stream per call, pushes the caller's audio all the time (also while the agent speaks), and decides
+who has the floor; the runtime listens, predicts, and speaks. Requests and events are frozen tagged structs of builtins:
+the same contract suite runs in-process, over a Unix socket, and later over Ray. No tensor, callback or object crosses.
 
-Input audio is 16 kHz int16 mono; output audio is int16 mono at `StreamOpened.output_sample_rate_hz`. This file imports nothing of ours.
+Input audio is 16 kHz int16 mono; output audio is int16 mono at `StreamOpened.output_sample_rate_hz`. This file imports
+nothing of ours.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 class OpenStream(Message, frozen=True):
-    """Start a stream. `system_prompt` is the persona plus the style instruction, in the text form the checkpoint was trained on."""
+    """Start a stream. `system_prompt` is the persona plus the style instruction, in the text form the checkpoint was
+    trained on.
+    """
 
     system_prompt: str
     seed: int = 0
@@ -55,7 +58,9 @@ class StartReply(Message, frozen=True):
 
 
 class Say(Message, frozen=True):
-    """Speak exactly `text` as turn `turn_id` (greeting, notice, re-prompt, apology): same voice, kept in the context as assistant text."""
+    """Speak exactly `text` as turn `turn_id` (greeting, notice, re-prompt, apology): same voice, kept in the context as
+    assistant text.
+    """
 
     turn_id: str
     text: str
@@ -160,7 +165,9 @@ class ReplyFinished(Message, frozen=True):
 
 
 class ReplyTruncated(Message, frozen=True):
-    """After `CancelReply`: `heard_text` = whole words aligned inside the played audio; `generated_text` = all text made."""
+    """After `CancelReply`: `heard_text` = whole words aligned inside the played audio; `generated_text` = all text
+    made.
+    """
 
     turn_id: str
     heard_text: str

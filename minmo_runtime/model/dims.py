@@ -1,8 +1,8 @@
 """The sizes of each module, as frozen dataclasses read from the tables of `checkpoint.toml`.
 
-A checkpoint folder says how large its modules are; no module knows whether it is nano or 8B. One dataclass per module, one
-table per dataclass, and a key that the dataclass does not have is refused, so that a mistyped size cannot pass unseen.
-It knows nothing of weights or of files. Read at the start, before step 8 of the walk.
+A checkpoint folder says how large its modules are; no module knows whether it is nano or 8B. One dataclass per module,
+one table per dataclass, and a key that the dataclass does not have is refused, so that a mistyped size cannot pass
+unseen. It knows nothing of weights or of files. Read at the start, before step 8 of the walk.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ class Dims:
 
     @classmethod
     def from_dict(cls: type[DimsT], table: Mapping[str, Any]) -> DimsT:
-        """Build from one TOML table; lists become tuples, unknown or missing keys raise ValueError with the allowed names."""
+        """Build from one TOML table; lists become tuples, unknown or missing keys raise ValueError with the allowed
+        names.
+        """
         known = {field.name: field for field in dataclasses.fields(cls)}
         unknown = sorted(set(table) - set(known))
         if unknown:
@@ -71,7 +73,9 @@ class BackboneDims(Dims):
 
 @dataclass(frozen=True)
 class EncoderDims(Dims):
-    """Voice encoder. SenseVoice-Small: front_end "lfr", m 7, n 6, fsmn_padding "symmetric", chunk_frames 0 (full context)."""
+    """Voice encoder. SenseVoice-Small: front_end "lfr", m 7, n 6, fsmn_padding "symmetric", chunk_frames 0 (full
+    context).
+    """
 
     output_size: int
     attention_heads: int
@@ -96,7 +100,9 @@ class EncoderDims(Dims):
 
 @dataclass(frozen=True)
 class VoiceTokenizerDims(Dims):
-    """FSQ bottleneck after `cut_layer` blocks of the voice encoder; the product of `levels` is the number of voice tokens."""
+    """FSQ bottleneck after `cut_layer` blocks of the voice encoder; the product of `levels` is the number of voice
+    tokens.
+    """
 
     cut_layer: int
     levels: tuple[int, ...]

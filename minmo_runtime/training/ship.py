@@ -37,10 +37,11 @@ TOKENIZERS = {"text": "text_tokenizer.json", "ctc": "ctc_tokenizer.json"}
 # Which stage's TOML holds a part's sizes where neither the JSON nor the metadata does.
 _STAGE_OF = {"encoder": "0b", "vocoder": "0e", "flow": "0f", "llm": "0g", "voice_lm": "0h"}
 _VOCABULARY = {"llm": "vocab_size", "voice_lm": "text_vocab_size"}
+# The emotions are those of the instructions that the LLM is trained with (dialogues.py); the voice has one manner.
 FACTS: dict[str, Any] = {
     "languages": ["en"],
-    "dialects": [],
-    "emotions": ["neutral"],
+    "dialects": ["us"],
+    "emotions": ["neutral", "friendly", "calm", "cheerful", "warm", "serious", "brisk"],
     "rates": ["normal"],
     "voices": ["agent"],
 }
