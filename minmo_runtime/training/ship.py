@@ -90,8 +90,9 @@ def assemble(
     facts: dict[str, Any] = FACTS,
     sampling: dict[str, Any] | None = None,
     dtype: str = "bfloat16",
+    int8_parts: tuple[str, ...] = (),
 ) -> list[str]:
-    """Write `out`; returns what is missing or was left out. The folder is loaded once, so what is written can be
+    """Write `out` (`int8_parts` in int8 with a scale per row, the others as `dtype`); returns what is missing or was left out. The folder is loaded once, so what is written can be
     served."""
     out.mkdir(parents=True, exist_ok=True)
     remarks: list[str] = []
@@ -110,7 +111,7 @@ def assemble(
             continue
         module = module_of(part, tables[part])
         load_weights(module, source)
-        save_weights(module, out / f"{part}.safetensors", dtype)
+        save_weights(module, out / f"{part}.safetensors", "int8" if part in int8_parts else dtype)
         files[part] = {"path": f"{part}.safetensors", "sha256": file_hash(out / f"{part}.safetensors")}
         if part in VOICE_TOKEN_PARTS and (digest := voice_tokenizer_hash(ship, part)):
             files[part]["voice_tokenizer_sha256"] = digest
@@ -148,10 +149,16 @@ def main() -> None:
         "--without", nargs="*", default=[], help="connectors whose gates failed: their bridges stand in"
     )
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "int8"))
+    parser.add_argument("--int8", nargs="*", default=["llm", "voice_lm"], help="parts stored as int8, one scale a row")
     arguments = parser.parse_args()
     try:
         remarks = assemble(
-            arguments.work / "ship", arguments.out, arguments.name, tuple(arguments.without), dtype=arguments.dtype
+            arguments.work / "ship",
+            arguments.out,
+            arguments.name,
+            tuple(arguments.without),
+            dtype=arguments.dtype,
+            int8_parts=tuple(arguments.int8),
         )
     except CheckpointError as error:
         sys.exit(str(error))
