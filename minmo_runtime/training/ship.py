@@ -92,8 +92,8 @@ def assemble(
     dtype: str = "bfloat16",
     int8_parts: tuple[str, ...] = (),
 ) -> list[str]:
-    """Write `out` (`int8_parts` in int8 with a scale per row, the others as `dtype`); returns what is missing or was left out. The folder is loaded once, so what is written can be
-    served."""
+    """Write `out` (`int8_parts` in int8 with a scale per row, the others as `dtype`); returns what is missing or was
+    left out. The folder is loaded once, so what is written can be served."""
     out.mkdir(parents=True, exist_ok=True)
     remarks: list[str] = []
     tables: dict[str, Any] = {}
