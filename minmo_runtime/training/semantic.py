@@ -25,7 +25,7 @@ from minmo_runtime.model.voice_lm import VoiceLm
 from minmo_runtime.text import TextTokenizer, chat_turn
 from minmo_runtime.training.dialogues import Turn, dialogue
 from minmo_runtime.training.evaluate import wer_of_codes
-from minmo_runtime.training.freeze import only_trainable
+from minmo_runtime.training.freeze import only_trainable, part_hash
 from minmo_runtime.training.llm import encode_row, load_llm
 from minmo_runtime.training.loop import LoopSettings, StepLoop
 from minmo_runtime.training.resume import load_tensors, save_tensors
@@ -209,8 +209,10 @@ def evaluate(task: SemanticTask, data: Replies, work_dir: Path, num_spoken: int)
 
 
 def ship_projector(work_dir: Path, projector: OutputProjector, state: dict[str, Tensor]) -> None:
+    """With the LLM's hash beside it: on another LLM's hidden states the projector is worth nothing."""
     tensors = {name: tensor.to(torch.bfloat16) for name, tensor in state.items()}
-    save_tensors(part_file(work_dir, PART), tensors, {"dims": json.dumps(projector.dims.to_dict())})
+    metadata = {"dims": json.dumps(projector.dims.to_dict()), "llm_hash": part_hash(part_file(work_dir, "llm"))}
+    save_tensors(part_file(work_dir, PART), tensors, metadata)
 
 
 def load_projector(path: Path) -> OutputProjector:
