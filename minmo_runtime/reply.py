@@ -60,6 +60,7 @@ class Reply:
     hidden: Any = None  # [D_llm], last hidden state: samples the next token
     wants_query: bool = False  # its prefill must pass the user turn again, to read the hidden states there
     tool_ids: list[int] | None = None  # inside <tool_call>
+    known_numbers: list[tuple[int, ...]] = field(default_factory=list)  # of the conversation: a tool line has no others
     tool_call_id: str = ""
     num_tools: int = 0
     user_text: str = ""  # the user turn it answers: given back if the turn was not over

@@ -23,6 +23,7 @@ from minmo_runtime.ear import Segment
 from minmo_runtime.kv_cache import SlotPool
 from minmo_runtime.model.encoder import EncoderState
 from minmo_runtime.model.interleave import Phase
+from minmo_runtime.number_guide import NumberGuide
 from minmo_runtime.reply import Reply, ReplyPhase
 from minmo_runtime.scheduler import Job, JobKind
 from minmo_runtime.stream import TOOL_CALL, TOOL_CALL_END, TURN_END, Stream, Truncation
@@ -57,6 +58,7 @@ class Runner:
         self.llm.fuse()
         self.voice_lm.trunk.fuse()
         tokenizer = checkpoint.text_tokenizer
+        self.number_guide = NumberGuide(tokenizer)
         self.turn_end = tokenizer.special(TURN_END)
         self.tool_call, self.tool_call_end = tokenizer.special(TOOL_CALL), tokenizer.special(TOOL_CALL_END)
         length = config.max_context_tokens + 2 * config.max_reply_tokens
@@ -220,7 +222,10 @@ class Runner:
             elif reply.num_drawn >= self.config.max_reply_tokens:
                 tokens.append(self.turn_end if reply.tool_ids is None else self.tool_call_end)
             else:
-                tokens.append(int((row + self._bans[reply.tool_ids is not None]).argmax()))
+                row = row + self._bans[reply.tool_ids is not None]
+                if reply.tool_ids is not None:
+                    row = self.number_guide.close(row, reply.tool_ids, reply.known_numbers)
+                tokens.append(int(row.argmax()))
         return tokens
 
     def _take_token(self, stream: Stream, reply: Reply, token: int) -> None:
@@ -231,6 +236,7 @@ class Runner:
             self._end_text(stream, reply)
         elif token == self.tool_call:
             reply.tool_ids = []
+            reply.known_numbers = self.number_guide.numbers(stream.conversation.target_ids)
         elif token == self.tool_call_end:
             self._end_tool_call(stream, reply)
         elif reply.tool_ids is not None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from minmo_runtime.model.backbone import Backbone
 from minmo_runtime.model.dims import BackboneDims
+from minmo_runtime.number_guide import NumberGuide
 from minmo_runtime.text import TextTokenizer, chat_turn
 from minmo_runtime.training.dialogues import Turn, copy_task, dialogue
 from minmo_runtime.training.loop import LoopSettings, StepLoop
@@ -184,13 +185,15 @@ def evaluate(
     split: str = "held",
     has_gaps: bool = False,
     errors: list[str] | None = None,
+    is_guided: bool = True,
 ) -> dict[str, float]:
     """Shares of turns that are right, and their counts as n_*.
 
     slots: calls with values; calls: all calls; action: the right kind of turn; say: spoken turns; values: those with
-    values. `errors` collects what was wrong, for reading.
+    values. `errors` collects what was wrong, for reading; `is_guided`: numbers in calls are guided as in service.
     """
     hits: dict[str, list[bool]] = defaultdict(list)
+    guide = NumberGuide(tokenizer) if is_guided else None
     rng = random.Random("gaps")
     rows = [
         encode_row(dialogue(f"evaluate/{number}", split, noise), tokenizer, rng if has_gaps else None)
@@ -203,12 +206,22 @@ def evaluate(
         hidden = model(embeds=model.embed(batch.ids) * batch.gains[..., None])
         for index, row in enumerate(part):
             for first, end, turn in row.spans:
-                said = model.logits(hidden[index, first - 1 : end - 1]).argmax(-1).tolist()
+                scores = model.logits(hidden[index, first - 1 : end - 1])
+                if guide is not None and turn.text.startswith("<tool_call>"):
+                    _guide(scores, guide, row.ids, first)
+                said = scores.argmax(-1).tolist()
                 _score(hits, turn, row.ids[first:end], said)
                 if errors is not None and said != row.ids[first:end]:
                     errors.append(_describe(tokenizer, row, first, turn, said))
     scores = {name: sum(found) / len(found) for name, found in sorted(hits.items())}
     return scores | {f"n_{name}": float(len(found)) for name, found in sorted(hits.items())}
+
+
+def _guide(scores: Tensor, guide: NumberGuide, ids: Sequence[int], first: int) -> None:
+    """Close, in place, what the guide closes at each position of a right tool line (a wrong one is wrong already)."""
+    numbers = guide.numbers(ids[:first])
+    for position in range(1, scores.shape[0] - 1):  # behind <tool_call>, up to </tool_call>
+        scores[position] = guide.close(scores[position], ids[first + 1 : first + position], numbers)
 
 
 def _score(hits: dict[str, list[bool]], turn: Turn, wanted: list[int], said: list[int]) -> None:
@@ -238,6 +251,7 @@ def final_scores(model: Backbone, tokenizer: TextTokenizer, num_dialogues: int) 
         "noisy": {"noise": 0.08},
         "train": {"split": "train"},
         "gaps": {"has_gaps": True},
+        "unguided": {"is_guided": False},
     }.items():
         part = evaluate(model, tokenizer, max(20, num_dialogues // 2), **options)  # type: ignore[arg-type]
         keys = ("slots", "calls", "action", "say", "values", "n_slots", "n_calls", "n_action")
