@@ -151,6 +151,8 @@ class Stack:
         try:
             persona = policy.campaigns[0].persona.introduction(policy.campaigns[0].shop)
             await rendering.render(await link.runtime(), folder, texts, persona)
+        except rendering.Untrained as error:
+            raise StartError(f"UNTRAINED: parts of the checkpoint have no trained weights: {error}") from error
         finally:
             await link.close()
 

@@ -20,8 +20,13 @@ from minmo_runtime import api
 from policies.campaign import Campaign
 
 STREAM_ID = "rendering"
+MAX_SENTENCE_S = 15
 _BLOCK_MS = 100
 APOLOGY_PURPOSE = "engine_lost"  # what a media worker plays while there is no agent
+
+
+class Untrained(Exception):
+    """The engine says that parts of its checkpoint have no trained weights; the message is its label."""
 
 
 def sentences(book: LineBook, campaigns: Iterable[Campaign]) -> list[str]:
@@ -99,8 +104,12 @@ async def _collect(runtime: api.Runtime, stream_id: str, text: str) -> tuple[byt
         match event:
             case api.StreamOpened():
                 rate_hz = event.output_sample_rate_hz
+                if "UNTRAINED" in event.checkpoint:
+                    raise Untrained(event.checkpoint)
             case api.AudioDelta():
                 pcm += event.pcm
+                if len(pcm) > 2 * rate_hz * MAX_SENTENCE_S:  # a voice that does not find its end
+                    await runtime.send(api.CloseStream(call_id=stream_id))
             case api.ReplyFinished():
                 await runtime.send(api.CloseStream(call_id=stream_id))
             case api.StreamFailed():
