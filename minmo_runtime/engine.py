@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import sys
 import time
 from collections import deque
@@ -17,11 +18,14 @@ from pathlib import Path
 import torch
 
 from minmo_runtime.api import (
+    INPUT_SAMPLE_RATE_HZ,
     CloseStream,
     OpenStream,
+    PushAudio,
     RuntimeEvent,
     RuntimeOverloaded,
     RuntimeRequest,
+    Say,
     StreamFailed,
     StreamLost,
     StreamOpened,
@@ -149,7 +153,19 @@ class Engine:
 def load_engine(folder: Path, config: RuntimeConfig) -> Engine:
     """An engine on the checkpoint in `folder`, with torch set up for one process per core."""
     torch.set_num_threads(config.num_threads)
-    return Engine(load_checkpoint(folder), config, timer=time.perf_counter)
+    checkpoint = load_checkpoint(folder)
+    _warm_up(Engine(checkpoint, dataclasses.replace(config, max_streams=1, max_voice_tokens=50)))
+    return Engine(checkpoint, config, timer=time.perf_counter)
+
+
+def _warm_up(engine: Engine) -> None:
+    """One short sentence through every module: tables and memory are made now, not in the first caller's first turn."""
+    call_id, silence = "warm-up", bytes(2 * INPUT_SAMPLE_RATE_HZ)
+    engine.receive(OpenStream(call_id=call_id, system_prompt="hello"), 0.0)
+    engine.receive(PushAudio(call_id=call_id, pcm=silence, start_sample=0, voiced=True), 0.0)
+    engine.receive(Say(call_id=call_id, turn_id="1", text="hello"), 0.0)
+    while engine.has_work(0.0):
+        engine.step(0.0)
 
 
 class EngineRuntime:

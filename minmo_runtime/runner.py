@@ -33,9 +33,6 @@ from minmo_runtime.weights import Checkpoint
 _PCM_SCALE = 32768.0
 _CHUNKS_PER_ALIGN_JOB = 2
 _ALIGN_BEYOND_CUT_S = 0.5  # of our own audio behind the cut: it shows whether the last word was complete
-# A voice that does not find its end is stopped: slow speech is about 3 text tokens a second, 25 / 3 = 8.3 voice
-# tokens each.
-_MAX_VOICE_PER_TEXT = 12.0
 # RMS 8 of 32768 (-72 dBFS): 3 to 30 recognised equally well, 0 clearly worse (nano, 9 sentences).
 _DITHER = np.random.default_rng(0).normal(0.0, 8.0, 1 << 16).astype(np.float32)
 
@@ -297,8 +294,8 @@ class Runner:
             query = self.output_projector.query(hidden, embedding)
         # A fixed sentence always gets the same dice, so that it sounds the same in each call.
         seed = zlib.crc32(f"{reply.forced_text}/{reply.style}".encode()) if reply.is_forced else stream.seed
-        rules = self.voice_lm.dims.rules(max_voice_per_text=_MAX_VOICE_PER_TEXT)
-        reply.voice = self.voice_lm.new_stream(stream.slot, seed, rules, self.checkpoint.sampling, query)
+        dims = self.voice_lm.dims
+        reply.voice = self.voice_lm.new_stream(stream.slot, seed, dims.rules(), dims.sampling(), query)
         reply.flow = self.flow.new_state(self.voice)
         reply.vocoder_state = self.vocoder.new_state()
 

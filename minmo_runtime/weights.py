@@ -5,7 +5,6 @@
     [rates]       frame times (rates.Rates)
     [tokenizers]  text = "text_tokenizer.json", ctc = "ctc_tokenizer.json"
     [encoder] ... one table of sizes per part (the part's Dims; [vocoder] has a `kind` beside them)
-    [sampling]    how voice tokens are drawn (sampling.SamplingRules)
     [files.encoder]   path, sha256, voice_tokenizer_sha256 (voice_lm and flow: which tokenizer their voice tokens are
     from)
 
@@ -40,7 +39,6 @@ from minmo_runtime.model.projector import InputProjector, ProjectorDims
 from minmo_runtime.model.vocoder import Vocoder, build_vocoder, sample_rate_hz
 from minmo_runtime.model.voice_lm import VoiceLm, VoiceLmDims
 from minmo_runtime.rates import Rates
-from minmo_runtime.sampling import SamplingRules
 from minmo_runtime.text import TextTokenizer
 
 # Every part that serving needs; the others are connectors.
@@ -106,7 +104,6 @@ class Checkpoint:
     text_tokenizer: TextTokenizer
     ctc_tokenizer: Tokenizer
     modules: Modules
-    sampling: SamplingRules = field(default_factory=SamplingRules)  # of voice tokens
     voices: dict[str, Tensor] = field(default_factory=dict)  # name → speaker vector [1, spk_embed_dim] of the flow
     untrained: tuple[str, ...] = ()  # parts that started at random
     warnings: list[str] = field(default_factory=list)
@@ -141,7 +138,6 @@ def read_contents(folder: Path) -> dict[str, Any]:
         "name",
         "facts",
         "rates",
-        "sampling",
         "tokenizers",
         "files",
         "notes",
@@ -214,7 +210,6 @@ def load_checkpoint(folder: str | Path, seed: int = 0) -> Checkpoint:
         text_tokenizer=TextTokenizer.from_file(_existing(folder / tokenizers["text"])),
         ctc_tokenizer=Tokenizer.from_file(str(_existing(folder / tokenizers["ctc"]))),
         modules=Modules(**modules),  # type: ignore[arg-type]  # one builder per field, by name
-        sampling=SamplingRules(**_known(contents, "sampling", SamplingRules)),
         voices=_voices(folder / str(files.get("voices", {}).get("path", "voices.safetensors"))),
         untrained=tuple(untrained),
     )

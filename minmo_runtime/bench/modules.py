@@ -19,7 +19,6 @@ from minmo_runtime.config import RuntimeConfig
 from minmo_runtime.model.encoder import EncoderState
 from minmo_runtime.model.interleave import Phase
 from minmo_runtime.runner import Runner
-from minmo_runtime.sampling import SamplingRules
 from minmo_runtime.weights import Checkpoint
 
 REPEATS = 5
@@ -102,7 +101,7 @@ def _voice_lm(runner: Runner, rows: int) -> None:
     streams = []
     for row in range(rows):
         runner.voice_cache.reset(row)
-        stream = voice_lm.new_stream(row, row, voice_lm.dims.rules(), SamplingRules())
+        stream = voice_lm.new_stream(row, row, voice_lm.dims.rules(), voice_lm.dims.sampling())
         stream.push(torch.zeros(num_text, voice_lm.dims.hidden_size))
         streams.append(stream)
     while any(s.turn.phase is not Phase.DONE and len(s.turn.voice_tokens) < num_tokens for s in streams):

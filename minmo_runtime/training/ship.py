@@ -79,7 +79,7 @@ def voice_tokenizer_hash(ship: Path, part: str) -> str:
         return str(table["code_hash"])
     weights = ship / f"{part}.safetensors"
     metadata = _metadata(weights) if weights.is_file() else {}
-    return metadata.get("code_hash", metadata.get("voice_tokenizer", ""))
+    return metadata.get("voice_tokenizer_hash", "")
 
 
 def assemble(
@@ -88,7 +88,6 @@ def assemble(
     name: str = "nano",
     without: tuple[str, ...] = (),
     facts: dict[str, Any] = FACTS,
-    sampling: dict[str, Any] | None = None,
     dtype: str = "bfloat16",
     int8_parts: tuple[str, ...] = (),
 ) -> list[str]:
@@ -124,7 +123,6 @@ def assemble(
         "name": name,
         "facts": facts,
         "tokenizers": TOKENIZERS,
-        "sampling": sampling if sampling is not None else _stage_sampling(),
         **tables,
         "files": files,
     }
@@ -133,11 +131,6 @@ def assemble(
     size = sum(path.stat().st_size for path in out.glob("*.safetensors")) / 2**20
     remarks.append(f"{checkpoint.label}: {size:.1f} MiB, bridges=[{', '.join(checkpoint.bridges)}]")
     return remarks
-
-
-def _stage_sampling() -> dict[str, Any]:
-    """How the voice LM was scored is how it is served."""
-    return dict(tomllib.loads((STAGES_DIR / "0h.toml").read_text())["settings"].get("sampling", {}))
 
 
 def main() -> None:
