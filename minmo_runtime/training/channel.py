@@ -46,7 +46,9 @@ def rms(waveform: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(waveform)) + 1e-12))
 
 
-def degrade(waveform: np.ndarray, rng: Generator, is_telephone: bool, snr_db: tuple[float, float] = (18.0, 55.0)) -> np.ndarray:
+def degrade(
+    waveform: np.ndarray, rng: Generator, is_telephone: bool, snr_db: tuple[float, float] = (18.0, 55.0)
+) -> np.ndarray:
     """One random line: tilt, noise floor, level -38 to -14 dBFS, telephone band if asked."""
     if rng.random() < 0.6:
         waveform = tilt(waveform, rng)

@@ -48,7 +48,9 @@ def test_fbank_equals_kaldi(golden: dict[str, torch.Tensor]) -> None:
 
 def test_frame_stacking_for_every_length(golden: dict[str, torch.Tensor]) -> None:
     for key in [key for key in golden if key.startswith("lfr.in.")]:
-        torch.testing.assert_close(stack_frames(golden[key], 7, 6), golden[key.replace(".in.", ".out.")], atol=0, rtol=0)
+        torch.testing.assert_close(
+            stack_frames(golden[key], 7, 6), golden[key.replace(".in.", ".out.")], atol=0, rtol=0
+        )
 
 
 @torch.no_grad()
@@ -72,14 +74,22 @@ def test_full_model_with_queries(golden: dict[str, torch.Tensor], parent: VoiceE
         queries = torch.tensor(rows).expand(len(features), -1)
         log_probs = parent.ctc_log_probs(parent(features, lengths + len(rows), queries))
         for row, length in enumerate((lengths + len(rows)).tolist()):
-            torch.testing.assert_close(log_probs[row, :length], golden[f"{name}.out.log_probs"][row, :length], atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                log_probs[row, :length], golden[f"{name}.out.log_probs"][row, :length], atol=1e-4, rtol=0
+            )
             assert collapse(log_probs[row, :length].argmax(-1)) == fact["ctc_greedy_token_ids"][row]
 
 
 def streaming_encoder() -> VoiceEncoder:
     torch.manual_seed(0)
     dims = EncoderDims(
-        output_size=32, attention_heads=4, linear_units=64, num_blocks=3, vocab_size=20, chunk_frames=4, left_context_frames=12
+        output_size=32,
+        attention_heads=4,
+        linear_units=64,
+        num_blocks=3,
+        vocab_size=20,
+        chunk_frames=4,
+        left_context_frames=12,
     )
     return VoiceEncoder(dims).eval()
 
@@ -114,7 +124,9 @@ def test_row_is_alone_when_neighbours_join_and_leave() -> None:
     mine, other, got = encoder.init_state(), encoder.init_state(), []
     for index, chunk in enumerate(chunks):
         if index % 3 == 1:  # the neighbour is there only now and then, with loud input
-            hidden, state = encoder.forward_chunk(torch.stack([chunk * 9 + 3, chunk]), EncoderState.stack([other, mine]))
+            hidden, state = encoder.forward_chunk(
+                torch.stack([chunk * 9 + 3, chunk]), EncoderState.stack([other, mine])
+            )
             other, mine = state.row(0), state.row(1)
             got.append(hidden[1])
         else:
