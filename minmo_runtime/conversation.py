@@ -25,7 +25,7 @@ class Message:
             raise ValueError(f"role {self.role!r}: must be one of {', '.join(ROLES)}")
 
 
-@dataclass
+@dataclass(eq=False)
 class Conversation:
     """Owned by its stream. `cached_ids` are the ids whose keys and values are in the LLM's slot."""
 

@@ -22,7 +22,7 @@ from minmo_runtime.ctc import GreedyCtc
 from minmo_runtime.rates import input_samples
 
 
-@dataclass
+@dataclass(eq=False)  # one is itself only: two calls' turns may hold equal values
 class Segment:
     """One stretch of caller speech. The gate appends samples; the encode job takes them and writes `ctc`, `text`."""
 
@@ -58,7 +58,7 @@ class Segment:
         return features.num_frames(self.num_samples) - self.num_frames_encoded
 
 
-@dataclass
+@dataclass(eq=False)
 class Ear:
     """Owned by its stream. `segments` are those not fully encoded, oldest first; `captions` what the encode job
     owes."""

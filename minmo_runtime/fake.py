@@ -89,7 +89,7 @@ class FakeScript(msgspec.Struct, frozen=True, kw_only=True):
     fail_at_reply: int = -1  # n-th StartReply kills the stream
 
 
-@dataclass
+@dataclass(eq=False)  # one is itself only: two calls' turns may hold equal values
 class _Turn:
     turn_id: str
     text: str = ""

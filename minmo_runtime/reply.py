@@ -42,7 +42,7 @@ NEXT_PHASES: dict[ReplyPhase, frozenset[ReplyPhase]] = {
 }
 
 
-@dataclass
+@dataclass(eq=False)  # one is itself only: two calls' turns may hold equal values
 class Reply:
     """Owned by its stream's queue; only the first of the queue is worked on."""
 

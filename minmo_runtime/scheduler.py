@@ -48,6 +48,15 @@ class Job:
     streams: tuple[Stream, ...]
 
 
+# Among calls that all wait for their first chunk: one that is nearly there goes first; else text before voice, so that
+# calls which decided at about the same time meet in the same batches (4 at once: 582 → 254 ms to the last first audio).
+_FIRST_CHUNK_RANK = {JobKind.VOCODE: 0, JobKind.FLOW: 0, JobKind.PREFILL: 1, JobKind.DECODE: 2, JobKind.VOICE: 3}
+
+
+def _rank(urgency: Urgency, kind: JobKind) -> int:
+    return _FIRST_CHUNK_RANK.get(kind, 0) if urgency is Urgency.FIRST_CHUNK else 0
+
+
 class Scheduler:
     """The real one: urgency and batches."""
 
@@ -60,8 +69,7 @@ class Scheduler:
         ready = [item for stream in streams for item in self.ready(stream, now)]
         if not ready:
             return None
-        # sort is stable: among equals the call with the least audio in hand comes first
-        ready.sort(key=lambda item: (item[0], item[2].buffered_s(now)))
+        ready.sort(key=lambda item: (item[0], _rank(item[0], item[1]), item[2].buffered_s(now)))
         _, kind, first = ready[0]
         if not kind.is_batched:
             return Job(kind, (first,))

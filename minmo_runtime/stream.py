@@ -51,7 +51,7 @@ def plain(text: str) -> str:
     return " ".join(_MARKUP.sub(" ", text.lower()).split())
 
 
-@dataclass
+@dataclass(eq=False)
 class Truncation:
     """A cut reply whose heard words are being looked for in its own audio (ALIGN jobs). Tensors are opaque here."""
 
@@ -135,10 +135,7 @@ class Stream:
             reply.phase, reply.replay = ReplyPhase.REPLAY, list(cached)
         if not reply.forced_ids:
             reply.phase = ReplyPhase.REPLAY  # nothing to say: finished at once
-        if self.replies and self.replies[0].phase is ReplyPhase.TOOL:
-            self.replies.appendleft(reply)  # "one moment, please" while the tool runs
-        else:
-            self.replies.append(reply)
+        self.replies.append(reply)  # while a tool runs it passes: "one moment, please"
 
     def _take_tool_result(self, request: ToolResult) -> None:
         for reply in self.replies:
@@ -180,6 +177,8 @@ class Stream:
     def advance(self) -> None:
         """Transitions that need no model: the user turn is fully heard → its text goes into the context."""
         reply = self.head
+        if reply is not None and reply.phase is ReplyPhase.TOOL:
+            self._let_a_say_pass()
         if reply is None or reply.phase is not ReplyPhase.LISTENING:
             return
         if any(not segment.is_final for segment in reply.waiting_segments):
@@ -190,6 +189,13 @@ class Stream:
         self.conversation.retarget("assistant")
         reply.wants_query = self.needs_hidden
         reply.become(ReplyPhase.PREFILL)
+
+    def _let_a_say_pass(self) -> None:
+        """A Say that queued behind a reply need not wait for that reply's tool."""
+        say = next((reply for reply in self.replies if reply.is_forced), None)
+        if say is not None:
+            self.replies.remove(say)
+            self.replies.appendleft(say)
 
     def buffered_s(self, now: float) -> float:
         """Audio sent and, by the clock, not yet played."""

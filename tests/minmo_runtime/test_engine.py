@@ -244,6 +244,17 @@ def test_a_say_overtakes_a_reply_that_waits_for_its_tool(checkpoint: Checkpoint)
     ]
 
 
+def test_a_say_that_queued_before_the_tool_was_known_does_not_wait_for_it(checkpoint: Checkpoint) -> None:
+    clock = make(checkpoint)
+    clock.send(opened("a"))
+    script_tokens(clock, "<tool_call>look_up_order order_number 45612</tool_call>")
+    ask(clock, "a", "order 4 5 6 1 2")
+    clock.send(Say(call_id="a", turn_id="filler", text="one moment please."))
+    clock.run()
+    assert [e.turn_id for e in clock.of(ReplyFinished)] == ["filler"]
+    assert clock.engine.streams["a"].replies[0].turn_id == "r"
+
+
 def test_a_tool_behind_spoken_text_ends_the_turn_without_waiting(checkpoint: Checkpoint) -> None:
     clock = make(checkpoint)
     clock.send(opened("a"))
