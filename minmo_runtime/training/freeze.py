@@ -51,15 +51,15 @@ def shipped_hashes(work_dir: Path) -> dict[str, str]:
 
 
 def changed_frozen(before: Mapping[str, str], after: Mapping[str, str], stage: StageConfig) -> list[str]:
-    """Names of tensors that this stage may not change and that were changed, dropped or (in its own parts) added."""
-    names = [name for name in sorted({*before, *after}) if not stage.is_trainable(name)]
-    # Other stages may run beside this one and ship their own parts: only what stood here before, or is ours, is judged.
-    return [
-        name
-        for name in names
-        if name in before or name.split(".", 1)[0] in stage.parts
-        if before.get(name) != after.get(name)
-    ]
+    """Names of tensors that this stage may not change and that were changed, dropped or added: of its own parts and of
+    its `frozen_parts`. Other stages may run beside it and ship theirs.
+    """
+    judged = {*stage.parts, *stage.frozen_parts}
+
+    def is_judged(name: str) -> bool:
+        return not stage.is_trainable(name) and ("*" in judged or name.split(".", 1)[0] in judged)
+
+    return [name for name in sorted({*before, *after}) if is_judged(name) and before.get(name) != after.get(name)]
 
 
 @contextmanager

@@ -99,9 +99,13 @@ class StageConfig:
     """One stage's TOML.
 
     `module` is the trainer's name inside this package; `parts` are the weight files the stage may write; `trainable`
-    are fnmatch patterns over "<part>.<tensor key>" (for example "voice_lm.*"): every tensor that no pattern matches
-    must have the same hash after the stage as before. `settings` are the trainer's own numbers (learning rate, steps,
-    batch ...).
+    are fnmatch patterns over "<part>.<tensor key>" (for example "voice_lm.*"): every tensor of `parts` that no pattern
+    matches must have the same hash after the stage as before. `frozen_parts` names further parts that must not change
+    while it runs ("*" = every one); parents may be trained side by side, so theirs is empty. What a trainer holds in
+    memory it asserts itself (freeze.only_trainable).
+    `settings` are the trainer's own numbers (learning rate, steps, batch ...).
+    `restores_on_failure`: parts that an earlier stage made come back if a gate fails (what failed is kept in the
+    stage's folder).
     """
 
     name: str
@@ -112,6 +116,7 @@ class StageConfig:
     needs: tuple[str, ...] = ()
     budget_s: float = 600.0
     seed: int = 0
+    frozen_parts: tuple[str, ...] = ()
     restores_on_failure: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
     gates: tuple[Gate, ...] = ()

@@ -80,14 +80,14 @@ def run_stage(stage: StageConfig, work_dir: Path, budget_s: float, log: Log = pr
     started = time.monotonic()
     metrics = {name: float(value) for name, value in trainer.run(stage, work_dir, budget_s).items()}
     seconds = time.monotonic() - started
+    for name, value in metrics.items():  # first of all: they cost hours
+        log(f"  {name} = {value:.4f}")
     after = shipped_hashes(work_dir)
     changed = changed_frozen(before, after, stage)
     if changed:
         raise FrozenTensorChanged(f"stage {stage.name} changed frozen tensors: {', '.join(changed[:5])}")
     outcome = StageOutcome(stage.name, metrics, tuple(gate.check(metrics) for gate in stage.gates), seconds)
     _write_result(stage, work_dir, outcome, after)
-    for name, value in metrics.items():
-        log(f"  {name} = {value:.4f}")
     for gate in outcome.gates:
         log(f"  gate {gate}")
     if outcome.failed and stage.restores_on_failure:

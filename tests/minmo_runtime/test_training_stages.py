@@ -130,10 +130,13 @@ def test_hash_sees_one_bit_and_the_type():
     assert tensor_hash(x) != tensor_hash(x.half())
 
 
-def test_changed_frozen_ignores_trainable_and_foreign_new_parts():
+def test_own_tensors_and_named_parts_must_not_change_others_may():
     before = {"a.layer.w": "1", "a.head.w": "2", "b.w": "3"}
-    after = {"a.layer.w": "9", "a.head.w": "8", "b.w": "3", "c.w": "7", "a.new": "5"}
+    after = {"a.layer.w": "9", "a.head.w": "8", "b.w": "4", "a.new": "5"}
     assert changed_frozen(before, after, stage_of()) == ["a.head.w", "a.new"]
+    assert changed_frozen(before, after, stage_of(frozen_parts=["b"])) == ["a.head.w", "a.new", "b.w"]
+    assert changed_frozen(before, after, stage_of(frozen_parts=["*"])) == ["a.head.w", "a.new", "b.w"]
+    assert changed_frozen(before, before, stage_of(frozen_parts=["*"])) == []
 
 
 def run_steps(folder, max_steps, stop_at=None):
