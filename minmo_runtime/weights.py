@@ -44,6 +44,8 @@ from minmo_runtime.text import TextTokenizer
 # Every part that serving needs; the others are connectors.
 NEEDED = ("encoder", "llm", "voice_lm", "flow", "vocoder")
 CONNECTORS = {"projector": "in", "output_projector": "out", "duplex": "duplex"}
+# Loaded and checked, but not used: the runner feeds the LLM text and predicts with the endpointer, and says so.
+NOT_SERVED = ("projector", "duplex")
 # Parts that consume voice tokens and therefore name the tokenizer that made them.
 VOICE_TOKEN_PARTS = ("voice_lm", "flow")
 
@@ -184,6 +186,7 @@ def load_checkpoint(folder: str | Path, seed: int = 0) -> Checkpoint:
     _check_voice_tokenizer(files)
     modules: dict[str, nn.Module] = {}
     untrained: list[str] = []
+    warnings: list[str] = []
     torch.manual_seed(seed)
     for part, (read_dims, build) in _BUILDERS.items():
         if part not in contents:
@@ -196,8 +199,14 @@ def load_checkpoint(folder: str | Path, seed: int = 0) -> Checkpoint:
         if path.is_file():
             _check_hash(path, files.get(part, {}).get("sha256", ""))
             load_weights(module, path)
+        elif part in CONNECTORS:
+            warnings.append(f"{part}: sizes without weights; the bridge {CONNECTORS[part]!r} stands in")
+            continue
         else:
             untrained.append(part)
+        if part in NOT_SERVED:
+            warnings.append(f"{part}: weights are there, but the runner has no path for them yet; its bridge stands in")
+            continue
         modules[part] = module.eval().requires_grad_(False)
         if isinstance(module, HiftVocoder):
             module.fold_weight_norm()
@@ -212,6 +221,7 @@ def load_checkpoint(folder: str | Path, seed: int = 0) -> Checkpoint:
         modules=Modules(**modules),  # type: ignore[arg-type]  # one builder per field, by name
         voices=_voices(folder / str(files.get("voices", {}).get("path", "voices.safetensors"))),
         untrained=tuple(untrained),
+        warnings=warnings,
     )
     _check_fit(checkpoint)
     return checkpoint

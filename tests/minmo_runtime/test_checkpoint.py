@@ -92,3 +92,16 @@ def test_settings_out_of_range_are_refused_by_name() -> None:
         RuntimeConfig(max_streams=0)
     with pytest.raises(ValueError, match=r"runtime\.quantize = 'int4'"):
         RuntimeConfig(quantize="int4")
+
+
+def test_a_connector_that_is_not_served_does_not_hide_its_bridge(tmp_path: Path) -> None:
+    dims = {**TINY, "projector": {"encoder_size": 32, "llm_hidden_size": 32, "ffn_size": 32}}
+    checkpoint = load_checkpoint(write_random_checkpoint(tmp_path, dims=dims))
+    assert "in" in checkpoint.bridges and any("projector" in warning for warning in checkpoint.warnings)
+
+
+def test_a_connector_without_weights_is_bridged_not_random(tmp_path: Path) -> None:
+    folder = write_random_checkpoint(tmp_path)
+    (folder / "output_projector.safetensors").unlink()
+    checkpoint = load_checkpoint(folder)
+    assert "out" in checkpoint.bridges and not checkpoint.untrained and checkpoint.warnings
