@@ -48,9 +48,6 @@ class RuntimeConfig:
     num_threads: int = 1
     """torch threads; more than one collapses when another process holds a core (facts/nano.md §1)."""
 
-    quantize: str = "none"
-    """none | int8: dynamic int8 linears where the module measured faster with them."""
-
     def __post_init__(self) -> None:
         allowed: tuple[tuple[str, float, float], ...] = (
             ("max_streams", 1, 256),
@@ -71,5 +68,3 @@ class RuntimeConfig:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ValueError(f"runtime.{name} = {value}: must be from {low:g} to {high:g}")
-        if self.quantize not in ("none", "int8"):
-            raise ValueError(f"runtime.quantize = {self.quantize!r}: must be none or int8")
