@@ -108,10 +108,7 @@ def make_data(path: Path, work_dir: Path, settings: dict[str, Any], seed: int, s
         # Two of a call: more calls, more different contexts.
         for index in rng.permutation(len(found))[:2]:
             reply = found[int(index)]
-            features = torch.from_numpy(
-                mouth.agent(reply.text, reply.pace if settings["uses_pace"] else "normal").astype(np.float32)
-            )
-            voice = ids_of.tokenize(features[None], torch.tensor([(len(features) + 3) // 4]))[0].numpy()
+            voice = mouth.agent(reply.text, ids_of, rng, reply.pace if settings["uses_pace"] else "normal")
             row = read_reply(llm, tokenizer, reply, settings["projector"]["max_query"])
             for name, value in {**row, "voice": voice.astype(np.int16)}.items():
                 rows.setdefault(name, []).append(value)

@@ -13,11 +13,13 @@ import soxr
 import torch
 
 from minmo_runtime.features import fbank
+from minmo_runtime.model.voice_tokenizer import VoiceTokenizer, pad_features
 from minmo_runtime.text import speak_digits
 from minmo_runtime.training import channel, synthesis
+from minmo_runtime.training.tokenizer import OUTPUT_RATE_HZ, SAMPLES_PER_TOKEN
 
 RATE_HZ = 16_000
-AGENT_EDGE_S = 0.2  # silence at both ends of an agent sentence, as in the vocoder's data
+AGENT_LEVEL, NOISE_FLOOR = 0.6, 3e-4  # of the agent's speech, as in training/tokenizer.write_agent_codes
 _AGENT_PACES_WPM = {"slow": 135, "normal": synthesis.AGENT_RATE_WPM, "fast": 200}
 
 
@@ -44,12 +46,19 @@ class Mouth:
         lead, tail = (np.zeros(int(rng.uniform(0.1, 0.6) * RATE_HZ), np.float32) for _ in range(2))
         return features(channel.degrade(np.concatenate([lead, wave, tail]), rng, bool(rng.random() < 0.6)))
 
-    def agent(self, text: str, pace: str = "normal") -> np.ndarray:
-        """The agent's sentence, clean: features [F, 80] float16."""
+    def agent(self, text: str, tokenizer: VoiceTokenizer, rng: np.random.Generator, pace: str = "normal") -> np.ndarray:
+        """The agent's sentence as voice tokens [T], exactly as stage 0c: another silence or level, other tokens."""
         prosody = synthesis.agent_voice_prosody()
         prosody = synthesis.Prosody(_AGENT_PACES_WPM[pace], prosody.pitch, prosody.pitch_range)
-        edge = np.zeros(int(AGENT_EDGE_S * RATE_HZ), np.float32)
-        return features(np.concatenate([edge, self.waveform(text, synthesis.AGENT_VOICE, prosody), edge]))
+        raw, _ = self._espeak.synthesise(speak_digits(text), synthesis.AGENT_VOICE, prosody)
+        raw, _ = synthesis.trim_silence(raw, synthesis.ESPEAK_RATE_HZ)
+        wave = soxr.resample(raw, synthesis.ESPEAK_RATE_HZ, OUTPUT_RATE_HZ).astype(np.float32) * AGENT_LEVEL
+        num_tokens = len(wave) // SAMPLES_PER_TOKEN + 1
+        wave = np.pad(wave, (0, num_tokens * SAMPLES_PER_TOKEN - len(wave)))
+        narrow = soxr.resample(wave, OUTPUT_RATE_HZ, RATE_HZ).astype(np.float32)
+        narrow = np.pad(narrow, (0, RATE_HZ // 25)) + rng.standard_normal(len(narrow) + RATE_HZ // 25) * NOISE_FLOOR
+        fbank_frames, lengths = pad_features([fbank(torch.from_numpy(narrow.astype(np.float32)))])
+        return tokenizer.tokenize(fbank_frames, lengths)[0, :num_tokens].numpy()
 
 
 def features(waveform: np.ndarray) -> np.ndarray:
