@@ -202,6 +202,7 @@ class Stack:
         """Worker first (BYE to whoever is left), then the rest. Nothing of ours is left behind."""
         worker = self.children.get("worker")
         if worker is not None:
+            worker.is_stopping = True
             worker.signal(signal.SIGTERM)  # the second one, sent by `stop`, ends calls at once
             await asyncio.sleep(0.05)
             await worker.stop()

@@ -20,7 +20,7 @@ ASSETS = Path(__file__).with_name("demo_assets")
 RATE_HZ = 8_000
 DIGIT_GAP_MS = 70
 BARGE_IN_AFTER_MS = 1_300
-SILENT_MS = 1_300  # longer than a pause between two sentences of the agent
+SILENT_MS = 2_000  # longer than a pause between two sentences of the agent, or between a filler and its answer
 # What an answer without a tool shows about what was understood. Patterns of the model's own replies.
 INTENT_OF_ANSWER = (
     (r"your order number", "order_status"),
@@ -37,11 +37,20 @@ INTENT_OF_TOOL = {
 }
 # The words of an answer that say a status (the model words them itself).
 STATUS_WORDS = {
+    "preparing": ("preparing",),
     "shipped": ("shipped",),
     "delivered": ("delivered",),
-    "delayed": ("late", "delayed"),
-    "being packed": ("preparing", "packed"),
+    "delayed": ("late",),
+    "returned": ("came",),
+    "cancelled": ("cancelled",),
+    "unpaid": ("payment",),
 }
+UNDATED = frozenset({"cancelled", "unpaid"})  # the answer names no day
+
+
+def answer_words(status: str, day: str) -> tuple[tuple[str, ...], ...]:
+    """What the answer to a look-up must say: one word of each group."""
+    return (STATUS_WORDS[status],) if status in UNDATED else (STATUS_WORDS[status], (day,))
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ def exchanges(order_number: str, status: str, day: str, opens: str, closes: str)
     texts = tomllib.loads((ASSETS / "assets.toml").read_text(encoding="utf-8"))["texts"]
     number = Exchange(
         "number", f"{texts['number_prefix']} {order_number}", "order_status", {"order_number": order_number},
-        must_say=(STATUS_WORDS.get(status, (status,)), (day,)),
+        must_say=answer_words(status, day),
     )  # fmt: skip
     hours = Exchange(
         "hours_day", texts["hours_day"], "opening_hours", {"day": "saturday"}, must_say=((opens,), (closes,)),

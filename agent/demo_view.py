@@ -59,8 +59,6 @@ class LiveView:
                 arguments = " ".join(f"{key} {value}" for key, value in payload["arguments"].items())
                 result = (payload["result"] or {}).get("content", "")
                 return f"{'tool':>10}  {payload['name']} {arguments} -> {result} ({payload['state']})"
-            case "filler":
-                return self._spoken("agent", payload["text"])
             case "defect_added":
                 return f"{'defect':>10}  {payload['kind_of_defect']}: {payload['detail']}"
             case "call_closed":

@@ -31,7 +31,7 @@ from agent.call_setup import CallSetup
 from agent.caller import run_caller
 from agent.caller_script import BargeIn, CallerScript, Hangup, Say, Step, Wait, WaitForAgent
 from agent.config import Config, load_config
-from agent.demo_script import STATUS_WORDS
+from agent.demo_script import answer_words
 from agent.lab import LabCall, hear
 from agent.prompts.lines import LineBook
 from agent.recognise import plain_words, word_errors
@@ -135,7 +135,7 @@ def make_task(name: str, orders: list[Order], rng: random.Random) -> Task:
     day = rng.choice(corpus.WEEKDAYS)
     match name:
         case "look_up_order":
-            must_say = (STATUS_WORDS[order.status], (order.day,))
+            must_say = answer_words(order.status, order.day)
             if rng.random() < 0.5:
                 said: tuple[str, ...] = (_phrase("order_status_number", rng, spoken),)
             else:

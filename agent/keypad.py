@@ -1,7 +1,7 @@
 """The keypad as a second way to say things: an order number, or 0 for a person.
 
 Pure: digits and times in, an outcome out. A number is complete at its known length or at '#'; '*' starts anew; a
-pause of `digit_timeout_s` closes it. A lone leading 0 asks for a person (order numbers never begin with 0).
+pause of `digit_timeout_s` closes it. A 0 that nothing follows asks for a person; order numbers may begin with 0.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+LONE_ZERO_S = 1.2  # people type digits of a number two to four a second
 DIGIT_TIMEOUT_S = 4.0  # ITU-T E.161 gives no figure; IVR practice is 3-5 s between digits
 
 
@@ -31,7 +32,7 @@ class Keypad:
 
     def press(self, digit: str, now: float) -> Outcome:
         self._last_at = now
-        if digit == "0" and not self._typed:
+        if digit == "0" and not self.num_digits:
             return Outcome.PERSON
         if digit == "*":
             self._typed = ""
@@ -44,12 +45,16 @@ class Keypad:
         return self._close() if len(self._typed) == self.num_digits else Outcome.NOTHING
 
     def tick(self, now: float) -> Outcome:
+        if self._typed == "0" and now - self._last_at >= LONE_ZERO_S:
+            return self._close()
         if self._typed and now - self._last_at >= self.digit_timeout_s:
             return self._close()
         return Outcome.NOTHING
 
     def _close(self) -> Outcome:
         typed, self._typed = self._typed, ""
+        if typed == "0":
+            return Outcome.PERSON
         if len(typed) != self.num_digits:
             return Outcome.INCOMPLETE
         self.digits = typed

@@ -47,7 +47,10 @@ class WireTimes:
 
     def _decided(self, name: str) -> list[Figure]:
         held_ms, self._held_ms = self._held_ms, None
-        return [] if held_ms is None else [self._named(name, held_ms, self._overlap_turn)]
+        if held_ms is None:
+            return []
+        self._caller_onset = None
+        return [self._named(name, held_ms, self._overlap_turn)]
 
     def hear(self, event: WireMetric, turn_id: str) -> list[Figure]:
         """Figures that became known, as arguments of CallStore.add_metric. `turn_id`: what the agent says now."""
@@ -82,6 +85,7 @@ class WireTimes:
 
     def _agent_began(self, sample: int, turn_id: str) -> list[Figure]:
         figures = []
+        self._held_ms = None  # it was a pause, and goes on
         if not self._has_spoken and self._answered is not None:
             self._has_spoken = True
             figures.append(self._figure("first_word_ms", sample - self._answered, ""))
@@ -94,14 +98,10 @@ class WireTimes:
         return figures
 
     def _agent_stopped(self, sample: int) -> list[Figure]:
-        onset, self._caller_onset = self._caller_onset, None
-        if onset is None or sample < onset:
+        if self._caller_onset is None or sample < self._caller_onset:
             return []
-        stopped_ms = self._to_ms(sample - onset)
-        if self._overlap_turn in self._cut_turns:
-            return [self._named("stop_ms", stopped_ms, self._overlap_turn)]
-        self._held_ms = stopped_ms  # a pause or a stop: the decision tells
-        return []
+        self._held_ms = self._to_ms(sample - self._caller_onset)  # a pause or a stop: the decision tells
+        return self._decided("stop_ms") if self._overlap_turn in self._cut_turns else []
 
     def _figure(self, name: str, num_samples: int, turn_id: str) -> Figure:
         return self._named(name, self._to_ms(num_samples), turn_id)

@@ -99,6 +99,7 @@ class Overlap:
     words: str = ""
     prediction: floor.Predicted | None = None
     is_paused: bool = False
+    why: str = ""  # backchannel | noise, once the agent went on
     is_agent_done: bool = False  # the current turn was played to its end meanwhile
 
 
@@ -112,6 +113,7 @@ class TurnTaking:
     caller: CallerTurn = field(default_factory=CallerTurn)
     queue: list[AgentTurn] = field(default_factory=list)
     overlap: Overlap | None = None
+    _doubtful: Overlap | None = None  # resumed, but its voice still lasts
     answered_at: float | None = None
     _num_turns: int = 0
     _num_reprompts: int = 0
@@ -182,6 +184,7 @@ class TurnTaking:
 
     def _cut_current(self, reason: str, now: float) -> None:
         """The current turn ends here. Queued turns fall with it, except those that must be heard."""
+        self._doubtful = None  # the cut tells the runtime whose words they were
         turn, *rest = self.queue
         self._actions.append(floor.Cut(turn.turn_id, reason))
         for dropped in [t for t in rest if not t.is_protected]:
@@ -240,6 +243,11 @@ class TurnTaking:
         if self.state is State.OVERLAP and self.overlap is not None:
             self.overlap.is_agent_done = True  # what the overlap meant still decides whose words they were
             return
+        if self._doubtful is not None:  # it lasted longer than we did: the caller's words after all
+            self.overlap, self._doubtful, self._is_ignoring = self._doubtful, None, False
+            self._move(State.OVERLAP)
+            self._interrupt(now)
+            return
         self._actions.append(floor.TurnOver(turn.turn_id))
         if turn.closing_cause:
             self._hang_up_at = now + self.config.linger_s
@@ -283,6 +291,7 @@ class TurnTaking:
             if now - self._last_voiced_at >= self.config.burst_silence_s:
                 self._stretch_s = 0.0
                 self._is_ignoring = False
+                self._forget_doubtful()
             return False
         self._last_voiced_at, self._last_voiced_audio_s = now, event.end_s
         self._stretch_s += event.duration_s
@@ -320,6 +329,9 @@ class TurnTaking:
         if self.state is State.OVERLAP and self.overlap is not None:
             self.overlap.words = event.text
             return
+        if self._doubtful is not None:
+            self._doubtful.words = event.text
+            return
         self.caller.words = event.text
         self.caller.confidence = event.confidence
         self.caller.num_slot_digits = event.num_slot_digits
@@ -333,8 +345,12 @@ class TurnTaking:
         self._end_caller_turn(now)
 
     def _on_predicted_speaking(self, event: floor.Predicted, now: float) -> None:
-        if event.interrupt >= self.config.interrupt_probability:
-            self._is_ignoring = False  # the voice we took for noise has turned into speech: the next voiced piece ducks
+        """A voice that was taken for noise has turned into speech: decided at once, it has lasted long enough."""
+        if self._doubtful is not None and event.interrupt >= self.config.interrupt_probability:
+            self._actions.append(floor.DuckPlayout())
+            self.overlap, self._doubtful, self._is_ignoring = self._doubtful, None, False
+            self._move(State.OVERLAP)
+            self._interrupt(now)
 
     def _on_predicted_overlap(self, event: floor.Predicted, now: float) -> None:
         assert self.overlap is not None
@@ -410,14 +426,25 @@ class TurnTaking:
         self._cut_current("interrupt", now)
 
     def _resume(self, now: float, why: str) -> None:
+        """The agent goes on. While that voice lasts it may still turn into speech: nothing of it is forgotten yet."""
         overlap = self._leave_overlap()
+        overlap.why = why
         self._is_ignoring = True  # until it falls silent: the same voice must not duck us again and again
-        self._actions += [floor.ResumePlayout(), floor.DiscardOverlap(why, overlap.words)]
-        turn = self.current
-        assert turn is not None
+        self._actions.append(floor.ResumePlayout())
+        self._doubtful = overlap
         self._move(State.SPEAKING)
         if overlap.is_agent_done:
+            turn = self.current
+            assert turn is not None
+            self._forget_doubtful()
             self._on_turn_over(turn, now)
+        elif not self.is_caller_voiced(now):
+            self._forget_doubtful()
+
+    def _forget_doubtful(self) -> None:
+        if self._doubtful is not None:
+            self._actions.append(floor.DiscardOverlap(self._doubtful.why, self._doubtful.words))
+            self._doubtful = None
 
     def _leave_overlap(self) -> Overlap:
         overlap = self.overlap or Overlap(started_at=0.0, started_at_audio_s=0.0)

@@ -15,6 +15,7 @@ from minmo_runtime.text import time_words
 from storage.calls import CallStore
 from storage.orders import delivery_refusal
 
+_UNDATED = frozenset({"cancelled", "unpaid"})  # nothing will arrive, so there is no day to tell
 _REFUSALS = {"unknown_order": "result not_found", "unknown_day": "error", "too_late": "result too_late"}
 
 
@@ -37,7 +38,8 @@ class Shop:
                 order = self.store.look_up_order(arguments["order_number"])
                 if order is None:
                     return "status not_found", True, {}
-                return f"status {order.status} day {order.day}", True, asdict(order)
+                day = "" if order.status in _UNDATED else f" day {order.day}"
+                return f"status {order.status}{day}", True, asdict(order)
             case "opening_hours":
                 hours = self.store.look_up_hours(arguments["day"], self.campaign)
                 if hours is None:
