@@ -22,7 +22,7 @@ from minmo_runtime.model.backbone import Backbone
 from minmo_runtime.model.interleave import IGNORED, RowKind, training_layout
 from minmo_runtime.model.output_projector import OutputProjector, OutputProjectorDims
 from minmo_runtime.model.voice_lm import VoiceLm
-from minmo_runtime.text import TextTokenizer, chat_turn
+from minmo_runtime.text import TextTokenizer, chat_turn, digit_runs
 from minmo_runtime.training.dialogues import Turn, dialogue
 from minmo_runtime.training.evaluate import wer_of_codes
 from minmo_runtime.training.freeze import only_trainable, part_hash
@@ -105,8 +105,10 @@ def make_data(path: Path, work_dir: Path, settings: dict[str, Any], seed: int, s
     while len(texts) < count:
         found = replies_of(dialogue(f"semantic/{seed}/{number}", split))
         number += 1
-        # Two of a call: more calls, more different contexts.
-        for index in rng.permutation(len(found))[:2]:
+        # Two of a call: more calls, more different contexts. Numbers are what a small voice loses its place in.
+        weights = np.array([settings["number_weight"] if digit_runs(reply.text) else 1.0 for reply in found])
+        count_here = min(2, len(found))
+        for index in rng.choice(len(found), count_here, replace=False, p=weights / weights.sum()) if found else ():
             reply = found[int(index)]
             voice = mouth.agent(reply.text, ids_of, rng, reply.pace if settings["uses_pace"] else "normal")
             row = read_reply(llm, tokenizer, reply, settings["projector"]["max_query"])
