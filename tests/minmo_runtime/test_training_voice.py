@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from minmo_runtime.model.flow import Flow, FlowDims
-from minmo_runtime.training.flow import Batches, VoiceTokenSpeech, _start_from_scratch, matching_loss, mean_loss
+from minmo_runtime.training.flow import Batches, VoiceTokenSpeech, _start_from_scratch, matching_loss
 from minmo_runtime.training.stage import load_stage
 from minmo_runtime.training.vocoder import AgentSpeech, VocoderTrainer
 
@@ -51,15 +51,15 @@ def test_a_batch_depends_on_the_step_alone_and_an_epoch_holds_everything_once() 
 
 
 @torch.no_grad()
-def test_padding_does_not_change_the_mean_loss() -> None:
+def test_neighbours_and_padding_do_not_change_a_row_of_a_batch() -> None:
+    """Padding is the same whatever the neighbour; only a row's last look-ahead sees it, as in the reference."""
     torch.manual_seed(0)
-    flow, data = Flow(DIMS), speech([4, 9])
-    together = Batches(data, 100, 0)
-    apart = [
-        Batches(VoiceTokenSpeech(["a"], [t], [m], [], ""), 100, 0) for t, m in zip(data.tokens, data.mels, strict=True)
-    ]
-    weighted = sum(float(mean_loss(flow, one, 0)) * n for one, n in zip(apart, (4, 9), strict=True)) / 13
-    assert abs(float(mean_loss(flow, together, 0)) - weighted) < 1e-4
+    flow = Flow(DIMS)
+    tokens = torch.randint(0, 9, (2, 12))
+    together, valid = flow.mean(tokens, torch.tensor([7, 12]))
+    assert valid.sum(1).tolist() == [14, 24]
+    padded_later, _ = flow.mean(torch.cat((tokens[:1, :7], torch.zeros(1, 5, dtype=torch.long)), 1), torch.tensor([7]))
+    assert torch.allclose(padded_later[..., :14], together[:1, :, :14], atol=1e-5)
 
 
 def test_untrained_flow_starts_at_the_average_mel_with_direction_zero() -> None:
