@@ -31,11 +31,11 @@ VOICE = "gmw/en-US+m7"
 PROSODY = Prosody(rate_wpm=155, pitch=45, pitch_range=55)
 PEAK = 0.45  # -7 dBFS, an ordinary telephone level
 SENTENCES = {
-    "order_status": "where did my order go",
+    "order_status": "can you look for my order",
     "number_prefix": "yes the number is",
     "what_can_you_do": "what can you help with",
     "hours_day": "on saturday are you open",
-    "goodbye": "okay thanks goodbye",
+    "goodbye": "great bye",
     "backchannel": "mm hm",
 }
 
