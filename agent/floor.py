@@ -48,6 +48,8 @@ class TurnTakingConfig:
     """Latest decision about an overlap, 0.3-2; more than decide_min_s."""
     interrupt_probability: float = 0.5
     """P(interrupt) from which an overlap is an interruption before decide_max_s, 0-1."""
+    noise_probability: float = 0.75
+    """P(idle) + P(backchannel) from which a voice that still lasts at decide_max_s is not taken for speech, 0-1."""
     burst_silence_s: float = 0.1
     """Silence, beyond the leg's hangover, after which a stretch of voiced audio is over, 0.02-1."""
     burst_voiced_s: float = 0.3

@@ -407,7 +407,7 @@ class TurnTaking:
                 return self._resume(now, "backchannel" if p.backchannel >= p.idle else "noise")
         if elapsed >= config.decide_max_s:
             # Undecided: a voice that goes on is meant; one that is called noise or echo, or that fell silent, is not.
-            is_noise = p.idle + p.backchannel > 0.5
+            is_noise = p.idle + p.backchannel > self.config.noise_probability
             if is_theirs or not (is_burst_over or is_noise):
                 return self._interrupt(now)
             return self._resume(now, "noise" if p.idle >= p.backchannel else "backchannel")
