@@ -79,10 +79,10 @@ def exchanges(order_number: str, status: str, day: str, opens: str, closes: str)
         is_barge_in=True,
     )  # fmt: skip
     return (
-        Exchange("order_status", texts["order_status"], "order_status"),
-        number,
         Exchange("what_can_you_do", texts["what_can_you_do"], "what_can_you_do"),
         hours,
+        Exchange("order_status", texts["order_status"], "order_status"),
+        number,
         Exchange("goodbye", texts["goodbye"], "goodbye"),
     )
 
@@ -91,10 +91,10 @@ def caller_script(order_number: str) -> CallerScript:
     """The steps of the caller's process."""
     answered = WaitForAgent(silent_ms=SILENT_MS, timeout_ms=15_000)
     steps: list[Step] = [
-        answered, Say(_clip("order_status"), "order_status"),
-        answered, Say(number_audio(order_number), "number"),
         answered, Say(_clip("what_can_you_do"), "what_can_you_do"),
         BargeIn(_clip("hours_day"), BARGE_IN_AFTER_MS, "hours_day"),
+        answered, Say(_clip("order_status"), "order_status"),
+        answered, Say(number_audio(order_number), "number"),
         answered, Say(_clip("goodbye"), "goodbye"),
         Wait(8_000), Hangup(),
     ]  # fmt: skip
