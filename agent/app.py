@@ -211,10 +211,10 @@ class Stack:
             keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)
         if self.failed is not None:
-            if self.failed.done():
-                self.failed.exception()  # retrieved
-            else:
+            if not self.failed.done():
                 self.failed.cancel()
+            elif not self.failed.cancelled():
+                self.failed.exception()  # retrieved
         if self._owns_folder:
             shutil.rmtree(self.run_folder, ignore_errors=True)
 
