@@ -199,6 +199,8 @@ def load_checkpoint(folder: str | Path, seed: int = 0) -> Checkpoint:
         if path.is_file():
             _check_hash(path, files.get(part, {}).get("sha256", ""))
             load_weights(module, path)
+            if not any(bool(weight.any()) for weight in module.parameters()):
+                untrained.append(part)  # a file of zeros is there, but nobody has trained it
         elif part in CONNECTORS:
             warnings.append(f"{part}: sizes without weights; the bridge {CONNECTORS[part]!r} stands in")
             continue
