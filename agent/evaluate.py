@@ -51,6 +51,7 @@ from storage.search import CallReader
 RATE_HZ = 8_000
 SPEECH_FOLDER = Path(__file__).resolve().parents[2] / "shared" / "speech"  # beside a checkout, where there is one
 LONG_ANSWER = "what can you help with"  # the agent's longest reply follows: room for an overlap
+BACKCHANNEL = "okay"  # espeak-ng spells "mm hm" letter by letter
 FALSE_STOP_SILENCE_MS = 700.0  # design §7
 TASKS = ("look_up_order", "opening_hours", "change_delivery", "person")
 
@@ -160,7 +161,7 @@ def task_script(task: Task, voices: Voices, overlap: str = "") -> CallerScript:
     steps: list[Step] = [answered]
     if overlap:
         steps.append(Say(voices.say(LONG_ANSWER, voice), "long"))
-        text = "no wait i have another question" if overlap == "barge_in" else "mm hm"
+        text = "no wait i have another question" if overlap == "barge_in" else BACKCHANNEL
         steps += [BargeIn(voices.say(text, voice), 1_000, overlap), answered]
     for index, text in enumerate(task.said):
         steps += [Say(voices.say(text, voice), f"task{index}"), answered]
