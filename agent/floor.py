@@ -15,7 +15,6 @@ TURN_TAKING_RANGES: dict[str, tuple[float, float]] = {
     "decide_max_s": (0.3, 2),
     "interrupt_probability": (0, 1),
     "noise_probability": (0, 1),
-    "noise_probability": (0, 1),
     "burst_silence_s": (0.02, 1),
     "burst_voiced_s": (0, 1),
     "user_done_probability": (0, 1),
