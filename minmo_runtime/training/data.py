@@ -131,13 +131,10 @@ def domain_keep(open_share: float) -> Callable[[str], float]:
     """Utterances with more than a third of their words outside the callers' phrases are used with probability
     `open_share`:
     open sentences teach sounds, but at this size and budget most of the time belongs to what callers say."""
-    words = {
-        word
-        for intent in corpus.phrases().values()
-        if isinstance(intent, dict)
-        for text in intent["train"]
-        for word in text.split()
-    }
+    templates = [text for intent in corpus.INTENTS for text in corpus.phrases()[intent]["train"]]
+    shapes = corpus.phrases()["shapes"].values()
+    templates += [part for forms in shapes for form in forms for choices in form for part in choices]
+    words = {word for text in templates for word in text.split()}
     words |= {
         word
         for key in ("openers", "requests", "closers", "fillers")
