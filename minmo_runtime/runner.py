@@ -136,6 +136,7 @@ class Runner:
     def _next_features(self, segment: Segment) -> Tensor:
         """[chunk frames, M]; the end of a closed segment is filled with its last frame."""
         if segment.fbank is None:
+            segment.ctc = self.checkpoint.captions.new()
             segment.fbank = features.FbankStream(self.encoder.dims.num_mel_bins)
             segment.pending_features = torch.zeros(0, self.encoder.dims.num_mel_bins)
         pcm = segment.take_pcm()

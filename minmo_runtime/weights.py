@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from minmo_runtime.caption_search import CaptionReader
 from minmo_runtime.model.backbone import Backbone
 from minmo_runtime.model.dims import BackboneDims, EncoderDims
 from minmo_runtime.model.duplex import DuplexDims, DuplexPredictor
@@ -106,6 +107,7 @@ class Checkpoint:
     text_tokenizer: TextTokenizer
     ctc_tokenizer: Tokenizer
     modules: Modules
+    captions: CaptionReader = CaptionReader()
     voices: dict[str, Tensor] = field(default_factory=dict)  # name → speaker vector [1, spk_embed_dim] of the flow
     untrained: tuple[str, ...] = ()  # parts that started at random
     warnings: list[str] = field(default_factory=list)
@@ -141,6 +143,7 @@ def read_contents(folder: Path) -> dict[str, Any]:
         "facts",
         "rates",
         "tokenizers",
+        "captions",
         "files",
         "notes",
         *_BUILDERS,
@@ -220,6 +223,7 @@ def load_checkpoint(folder: str | Path, seed: int = 0) -> Checkpoint:
         facts=_facts(contents),
         text_tokenizer=TextTokenizer.from_file(_existing(folder / tokenizers["text"])),
         ctc_tokenizer=Tokenizer.from_file(str(_existing(folder / tokenizers["ctc"]))),
+        captions=_captions(contents.get("captions", {}), folder),
         modules=Modules(**modules),  # type: ignore[arg-type]  # one builder per field, by name
         voices=_voices(folder / str(files.get("voices", {}).get("path", "voices.safetensors"))),
         untrained=tuple(untrained),
@@ -227,6 +231,13 @@ def load_checkpoint(folder: str | Path, seed: int = 0) -> Checkpoint:
     )
     _check_fit(checkpoint)
     return checkpoint
+
+
+def _captions(table: Mapping[str, Any], folder: Path) -> CaptionReader:
+    try:
+        return CaptionReader.from_table(table, folder)
+    except ValueError as error:
+        raise CheckpointError(f"{folder / 'checkpoint.toml'}: [captions]: {error}") from error
 
 
 def _voices(path: Path) -> dict[str, Tensor]:

@@ -21,10 +21,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
+from minmo_runtime.caption_search import CaptionReader, PieceNgram
 from minmo_runtime.model.dims import EncoderDims
-from minmo_runtime.model.encoder import TAG_GROUPS, VoiceEncoder, collapse
+from minmo_runtime.model.encoder import TAG_GROUPS, VoiceEncoder
 from minmo_runtime.training import corpus, data
 from minmo_runtime.training.batches import Batch, Shard
+from minmo_runtime.training.ngram import NGRAM_FILE, write_for_callers
 from minmo_runtime.training.stage import StageConfig, part_file
 
 BLANK = "<blank>"
@@ -106,14 +108,18 @@ def spec_augment(features: Tensor, generator: torch.Generator, is_full: bool) ->
 
 
 @torch.no_grad()
-def recognise(encoder: VoiceEncoder, tokenizer: Tokenizer, shard: Shard) -> tuple[list[str], list[str]]:
-    """(references, hypotheses) of a shard, greedy."""
+def recognise(
+    encoder: VoiceEncoder, tokenizer: Tokenizer, shard: Shard, captions: CaptionReader = CaptionReader()
+) -> tuple[list[str], list[str]]:
+    """(references, hypotheses) of a shard; the best path unless `captions` has an n-gram."""
     references, hypotheses = [], []
     for batch in shard.batches(lambda text: tokenizer.encode(text).ids, 60, None):
         log_probs = encoder.ctc_log_probs(encoder(batch.features, batch.lengths))
         for row, length in enumerate(batch.lengths.tolist()):
             references.append(batch.texts[row])
-            hypotheses.append(tokenizer.decode(collapse(log_probs[row, :length].argmax(-1))).strip())
+            search = captions.new()
+            search.push(log_probs[row, :length].numpy())
+            hypotheses.append(tokenizer.decode(search.tokens).strip())
     return references, hypotheses
 
 
@@ -138,13 +144,15 @@ def held_out_sets(work_dir: Path, speech_dir: Path | None, hours: float) -> dict
     return {name: Shard(folder / f"held_{name}.npz") for name in names if (folder / f"held_{name}.npz").exists()}
 
 
-def evaluate(encoder: VoiceEncoder, tokenizer: Tokenizer, sets: dict[str, Shard]) -> dict[str, float]:
+def evaluate(
+    encoder: VoiceEncoder, tokenizer: Tokenizer, sets: dict[str, Shard], captions: CaptionReader = CaptionReader()
+) -> dict[str, float]:
     """WER per set over callers' sentences; `_open` = everything else (random words, general sentences), of
     people: digits apart."""
     encoder.eval()
     is_domain, found = data.domain_keep(0.0), {}
     for name, shard in sets.items():
-        pairs = list(zip(*recognise(encoder, tokenizer, shard), strict=True))
+        pairs = list(zip(*recognise(encoder, tokenizer, shard, captions), strict=True))
         inside = {
             reference for reference, _ in pairs if is_domain(reference) and (name != "human" or is_digits(reference))
         }
@@ -245,7 +253,8 @@ def run(stage: StageConfig, work_dir: Path, budget_s: float) -> dict[str, float]
                 group["lr"] = learning_rate(
                     share, settings["learning_rate"], settings["decay_from"], step, settings["warmup_steps"]
                 )
-            batch.features = spec_augment(batch.features, generator, share > settings["time_mask_from"])
+            if rng.random() < settings["mask_share"]:
+                batch.features = spec_augment(batch.features, generator, share > settings["time_mask_from"])
             found = losses(encoder, heads, batch, settings["phoneme_layer"])
             weights = {"ctc": 1.0, "phoneme": 1.0 if share < 0.3 else 0.2}
             loss = sum(weights.get(name, 0.1) * value for name, value in found.items())
@@ -270,10 +279,22 @@ def run(stage: StageConfig, work_dir: Path, budget_s: float) -> dict[str, float]
                 }
                 torch.save({**state, "step": step, "spent": time.monotonic() - started}, resume_path)
                 last_report = time.monotonic()
-    scores = evaluate(encoder, tokenizer, sets)
     save(encoder, work_dir)
+    scores = final_scores(encoder, tokenizer, sets, work_dir)
     print(json.dumps({"final": True, "step": step, **_rounded(scores)}), flush=True)
     return scores
+
+
+def final_scores(
+    encoder: VoiceEncoder, tokenizer: Tokenizer, sets: dict[str, Shard], work_dir: Path
+) -> dict[str, float]:
+    """As served: searched with the n-gram of callers' sentences; the best path alone beside it as `_greedy`."""
+    path = work_dir / "ship" / NGRAM_FILE
+    if not path.exists():
+        write_for_callers(path, tokenizer)
+    served = evaluate(encoder, tokenizer, sets, CaptionReader(PieceNgram.from_file(path)))
+    greedy = evaluate(encoder, tokenizer, sets)
+    return served | {f"{name}_greedy": value for name, value in greedy.items() if name.startswith("wer")}
 
 
 def _rounded(values: dict[str, float]) -> dict[str, float]:

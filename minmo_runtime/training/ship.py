@@ -19,6 +19,7 @@ from typing import Any
 from safetensors import safe_open
 
 from minmo_runtime.text import TextTokenizer
+from minmo_runtime.training.ngram import NGRAM_FILE
 from minmo_runtime.training.stage import STAGES_DIR
 from minmo_runtime.weights import (
     NEEDED,
@@ -116,13 +117,14 @@ def assemble(
             files[part]["voice_tokenizer_sha256"] = digest
     for file in TOKENIZERS.values():
         shutil.copyfile(ship / file, out / file)
-    for extra in ("voices.safetensors", "MODEL_CARD.md"):
+    for extra in ("voices.safetensors", NGRAM_FILE, "MODEL_CARD.md"):
         if (ship / extra).is_file():
             shutil.copyfile(ship / extra, out / extra)
     contents = {
         "name": name,
         "facts": facts,
         "tokenizers": TOKENIZERS,
+        "captions": {"ngram": NGRAM_FILE} if (ship / NGRAM_FILE).is_file() else {},
         **tables,
         "files": files,
     }
