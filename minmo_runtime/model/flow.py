@@ -10,7 +10,8 @@ of this is data.
 `forward` is the offline form. A turn is streamed with a `FlowState`: `push` adds tokens, `step` runs ONE job (encode
 a chunk, or one Euler step of it) and returns mel when a chunk is done, so that the engine can put other work between
 jobs. Both forms agree, because a chunk sees whole chunks only: its own and `left_context_s` before it (-1: all).
-Aligned from the prompt's first token.
+Aligned from the prompt's first token. `step_rows` is `step` for several turns at once, each at its own chunk and its
+own Euler step, with the left context of all of them in one `FlowCache` of a bounded window.
 
 Step 9 of the walk. Knows nothing of text, of the vocoder or of calls. Key names are CosyVoice 2's flow.pt.
 Source: CosyVoice `flow/flow.py` (CausalMaskedDiffWithXvec) and `flow_matching.py`, as described in facts/minmo.md 2.2;
@@ -24,7 +25,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,9 +33,9 @@ import torch
 from torch import Tensor, nn
 
 from minmo_runtime.model.dims import Dims
+from minmo_runtime.model.flow_cache import FlowCache, GrowingCache, LeftContext
 from minmo_runtime.model.flow_encoder import (
     FlowEncoderDims,
-    ModuleCache,
     UpsampleConformerEncoder,
     chunk_mask,
     padding_mask,
@@ -59,10 +60,14 @@ class FlowDims(Dims):
     mean_weight: float = 0.0
     noise_scale: float = 1.0
     left_context_s: float = -1.0
+    chunk_tokens: int = 0  # 0: the encoder's own static_chunk_size (CosyVoice 2: 25; MinMo: 15)
     encoder: FlowEncoderDims = field(default_factory=FlowEncoderDims)
     estimator: FlowEstimatorDims = field(default_factory=FlowEstimatorDims)
 
     def __post_init__(self) -> None:
+        if self.chunk_tokens:
+            encoder = dataclasses.replace(self.encoder, static_chunk_size=self.chunk_tokens)
+            object.__setattr__(self, "encoder", encoder)
         if self.t_scheduler not in ("cosine", "linear"):
             raise ValueError(f"flow: t_scheduler {self.t_scheduler!r} must be cosine or linear")
         if self.n_timesteps == 0 and self.mean_weight == 0:
@@ -83,11 +88,21 @@ class FlowDims(Dims):
         """Whole chunks of left context; -1 = all."""
         if self.left_context_s < 0:
             return -1
-        return round(self.left_context_s * self.token_rate_hz / self.encoder.static_chunk_size)
+        return round(self.left_context_s * self.token_rate_hz / self.chunk_size)
 
     @property
     def frames_per_token(self) -> int:
         return self.encoder.up_stride
+
+    @property
+    def chunk_size(self) -> int:
+        """Tokens of one chunk."""
+        return self.encoder.static_chunk_size
+
+    def window_chunks(self, max_s: float) -> int:
+        """Whole chunks of left context in service: what it was trained with, at most `max_s`."""
+        bound = int(max_s * self.token_rate_hz / self.chunk_size)
+        return bound if self.num_left_chunks < 0 else min(bound, self.num_left_chunks)
 
 
 @functools.lru_cache(maxsize=2)
@@ -98,7 +113,7 @@ def _noise_table(num_mel_bins: int) -> Tensor:
     return torch.randn(1, num_mel_bins, _NOISE_FRAMES, generator=torch.Generator().manual_seed(0))
 
 
-@dataclass
+@dataclass(eq=False)  # one is itself only
 class FlowState:
     """One turn of one call. Owner: whoever calls `push` and `step`; the model writes it."""
 
@@ -108,19 +123,22 @@ class FlowState:
     is_final: bool = False
     frames_done: int = 0  # mel frames made or in work, prompt included
     frames_to_skip: int = 0  # of the prompt, never handed out
-    encoder_cache: ModuleCache = field(default_factory=dict)
-    estimator_caches: list[ModuleCache] = field(default_factory=list)  # one per Euler step
+    num_chunks: int = 0  # finished
+    slot: int = -1  # of the FlowCache; -1: the left context is here
+    encoder_cache: GrowingCache = field(default_factory=GrowingCache)
+    estimator_caches: list[GrowingCache] = field(default_factory=list)  # one per Euler step
     chunk: ChunkInWork | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class ChunkInWork:
     """A chunk between its encoding and its last Euler step."""
 
-    mu: Tensor  # [1, M, T]
+    mu: Tensor  # [1, M, T]; of step_rows always as wide as a full chunk
     x: Tensor  # [1, M, T]
     condition: Tensor  # [1, M, T]
     num_steps_done: int = 0
+    num_frames: int = 0  # real ones of T
 
 
 class Decoder(nn.Module):
@@ -155,10 +173,11 @@ class Flow(nn.Module):
             points = 1 - torch.cos(points * 0.5 * math.pi)
         return points.tolist()
 
-    def start(self, mu: Tensor, first_frame: int) -> Tensor:
-        """x0 of the frames from `first_frame` on; mu [B, M, T]."""
-        index = torch.arange(first_frame, first_frame + mu.shape[-1]).remainder(_NOISE_FRAMES)
-        noise = _noise_table(self.dims.num_mel_bins)[..., index].to(mu)
+    def start(self, mu: Tensor, first_frames: Sequence[int]) -> Tensor:
+        """x0 of the frames from first_frames[b] on; mu [B, M, T]."""
+        first = torch.tensor(first_frames)[:, None]
+        index = (first + torch.arange(mu.shape[-1])).remainder(_NOISE_FRAMES)  # [B, T]
+        noise = _noise_table(self.dims.num_mel_bins)[0][:, index].transpose(0, 1).to(mu)
         return self.dims.mean_weight * mu + self.dims.noise_scale * noise
 
     def mean(
@@ -178,22 +197,25 @@ class Flow(nn.Module):
         self,
         x: Tensor,
         mu: Tensor,
-        time: float,
+        time: Tensor,
         speaker: Tensor,
         condition: Tensor,
         attention: Tensor | None = None,
-        cache: ModuleCache | None = None,
+        cache: LeftContext | None = None,
     ) -> Tensor:
-        """One estimator call at inference; guided (a second row without conditions) if `inference_cfg_rate` > 0."""
+        """One estimator call at inference, time [B]; guided (the same rows again without conditions behind them) if
+        `inference_cfg_rate` > 0.
+        """
         dims, rows = self.dims, x.shape[0]
         rate = dims.inference_cfg_rate
         if rate > 0:
-            x = torch.cat((x, x))
+            x, time = torch.cat((x, x)), torch.cat((time, time))
             mu, speaker, condition = (torch.cat((part, torch.zeros_like(part))) for part in (mu, speaker, condition))
+            if attention is not None and attention.dim() == 3:
+                attention = torch.cat((attention, attention))
         left = dims.num_left_chunks
-        keep = left * dims.encoder.static_chunk_size * dims.frames_per_token if left >= 0 else -1
-        times = torch.full((x.shape[0],), time, device=x.device)
-        v = self.decoder.estimator(x, mu, times, speaker, condition, None, attention, keep, cache)
+        keep = left * dims.chunk_size * dims.frames_per_token if left >= 0 else -1
+        v = self.decoder.estimator(x, mu, time, speaker, condition, None, attention, keep, cache)
         return (1 + rate) * v[:rows] - rate * v[rows:] if rate > 0 else v
 
     # ------------------------------------------------------------------ offline
@@ -229,23 +251,36 @@ class Flow(nn.Module):
             condition[..., : prompt_mel.shape[-1]] = prompt_mel
         attention = None
         if is_streaming:
-            frames = dims.encoder.static_chunk_size * dims.frames_per_token
+            frames = dims.chunk_size * dims.frames_per_token
             attention = chunk_mask(mu.shape[-1], frames, dims.num_left_chunks, mu.device)
-        speaker, x, points = self.speaker(embedding), self.start(mu, 0), self.time_points()
+        speaker, x, points = self.speaker(embedding), self.start(mu, [0] * len(mu)), self.time_points()
         for now, then in zip(points, points[1:], strict=False):
-            x = x + (then - now) * self.direction(x, mu, now, speaker, condition, attention)
+            time = torch.full((len(x),), now, device=x.device)
+            x = x + (then - now) * self.direction(x, mu, time, speaker, condition, attention)
         return x[..., 0 if prompt_mel is None else prompt_mel.shape[-1] :]
 
     # ------------------------------------------------------------------ streaming
 
     @torch.inference_mode()
     def new_state(
-        self, embedding: Tensor, prompt_tokens: list[int] | None = None, prompt_mel: Tensor | None = None
+        self,
+        embedding: Tensor,
+        prompt_tokens: list[int] | None = None,
+        prompt_mel: Tensor | None = None,
+        slot: int = -1,
     ) -> FlowState:
-        """A turn with the voice `embedding` [1, spk_embed_dim]; the prompt is encoded with the first tokens."""
+        """A turn with the voice `embedding` [1, spk_embed_dim]; the prompt is encoded with the first tokens. With a
+        `slot` its left context is in a FlowCache, and it goes through `step_rows` only."""
         skip = 0 if prompt_mel is None else prompt_mel.shape[-1]
-        caches: list[ModuleCache] = [{} for _ in range(self.dims.n_timesteps)]
-        return FlowState(self.speaker(embedding), prompt_mel, list(prompt_tokens or ()), False, 0, skip, {}, caches)
+        caches = [GrowingCache() for _ in range(self.dims.n_timesteps)] if slot < 0 else []
+        return FlowState(
+            self.speaker(embedding),
+            prompt_mel,
+            list(prompt_tokens or ()),
+            frames_to_skip=skip,
+            slot=slot,
+            estimator_caches=caches,
+        )
 
     def push(self, state: FlowState, tokens: list[int], is_final: bool = False) -> None:
         """Add voice tokens; `is_final` says that no more will come in this turn."""
@@ -256,10 +291,8 @@ class Flow(nn.Module):
         """Whether `step` has a job."""
         if state.chunk is not None:
             return True
-        dims = self.dims.encoder
-        return len(state.tokens) >= dims.static_chunk_size + dims.pre_lookahead_len or bool(
-            state.is_final and state.tokens
-        )
+        wanted = self.dims.chunk_size + self.dims.encoder.pre_lookahead_len
+        return len(state.tokens) >= wanted or bool(state.is_final and state.tokens)
 
     @torch.inference_mode()
     def step(self, state: FlowState) -> Tensor | None:
@@ -267,43 +300,118 @@ class Flow(nn.Module):
         if state.chunk is None:
             if not self.can_step(state):
                 return None
-            state.chunk = self._encode_chunk(state)
+            dims = self.dims
+            size = min(dims.chunk_size, len(state.tokens))
+            tokens = torch.tensor([state.tokens[: size + dims.encoder.pre_lookahead_len]], device=self._device)
+            embedded = self.input_embedding(tokens)
+            keep = dims.num_left_chunks * dims.chunk_size if dims.num_left_chunks >= 0 else -1
+            hidden = self.encoder.step(embedded[:, :size], embedded[:, size:], state.encoder_cache, keep)
+            self._begin_chunk(state, self.encoder_proj(hidden).transpose(1, 2), size)
         else:
-            self._euler_step(state, state.chunk)
-        if state.chunk.num_steps_done < self.dims.n_timesteps:
-            return None
-        mel, state.chunk = state.chunk.x, None
-        skip = min(state.frames_to_skip, mel.shape[-1])
-        state.frames_to_skip -= skip
-        return mel[..., skip:]
+            index = state.chunk.num_steps_done
+            self._euler([state], [state.chunk], None, state.estimator_caches[index])
+        return self._finished(state)
 
-    def _encode_chunk(self, state: FlowState) -> ChunkInWork:
-        dims = self.dims.encoder
-        device = self.encoder_proj.weight.device
-        size = min(dims.static_chunk_size, len(state.tokens))
-        tokens = torch.tensor([state.tokens[: size + dims.pre_lookahead_len]], device=device)
-        del state.tokens[:size]
-        embedded = self.input_embedding(tokens)
-        hidden = self.encoder.step(
-            embedded[:, :size], embedded[:, size:], state.encoder_cache, self.dims.num_left_chunks
-        )
+    # ------------------------------------------------------- streaming, many turns
+
+    def new_cache(self, num_slots: int, window_chunks: int) -> FlowCache:
+        return FlowCache(num_slots, window_chunks)
+
+    @torch.inference_mode()
+    def step_rows(self, states: Sequence[FlowState], cache: FlowCache) -> list[Tensor | None]:
+        """One job for turns that all stand before a chunk, or all inside one (at any Euler step). What each gives is
+        what `step` would give. A pass that raises has changed nothing and can be run again, with fewer rows."""
+        if states[0].chunk is None:
+            self._encode_rows(states, cache)
+        else:
+            chunks = [state.chunk for state in states if state.chunk is not None]
+            assert len(chunks) == len(states), "rows before and inside a chunk in one job"
+            self._euler_rows(states, chunks, cache)
+        return [self._finished(state) for state in states]
+
+    def _encode_rows(self, states: Sequence[FlowState], cache: FlowCache) -> None:
+        dims, width = self.dims, self.dims.chunk_size
+        total = width + dims.encoder.pre_lookahead_len
+        padded = [(state.tokens[:total] + [0] * total)[:total] for state in states]
+        sizes = [min(width, len(state.tokens)) for state in states]
+        num_real = torch.tensor([min(total, len(state.tokens)) for state in states], device=self._device)
+        real = padding_mask(num_real, total)
+        chunks = [state.num_chunks for state in states]
+        view = cache.view([state.slot for state in states], cache.num_slots, chunks, self._device)
+        stride = dims.frames_per_token
+        masks = (view.visible(width, sizes), view.visible(width * stride, [size * stride for size in sizes]))
+        embedded = self.input_embedding(torch.tensor(padded, device=self._device))
+        hidden = self.encoder.step_rows(embedded, real, width, view, masks)
         mu = self.encoder_proj(hidden).transpose(1, 2)
-        begin = state.frames_done
-        state.frames_done += mu.shape[-1]
+        for row, (state, size) in enumerate(zip(states, sizes, strict=True)):
+            self._begin_chunk(state, mu[row : row + 1], size)
+
+    def _euler_rows(self, states: Sequence[FlowState], chunks: Sequence[ChunkInWork], cache: FlowCache) -> None:
+        numbers = [state.num_chunks for state in states]
+        rows = [
+            chunk.num_steps_done * cache.num_slots + state.slot for state, chunk in zip(states, chunks, strict=True)
+        ]
+        num_rows = self.dims.n_timesteps * cache.num_slots
+        width = chunks[0].x.shape[-1]
+        lengths = [chunk.num_frames for chunk in chunks]
+        if self.dims.inference_cfg_rate > 0:
+            rows, numbers = rows + [row + num_rows for row in rows], numbers * 2
+            num_rows *= 2
+        view = cache.view(rows, num_rows, numbers, self._device)
+        is_guided = len(numbers) > len(states)
+        visible = view.visible(width, lengths * 2 if is_guided else lengths)
+        if visible is not None:
+            visible = visible[: len(states)]  # `direction` doubles it
+        self._euler(states, chunks, visible, view)
+
+    # ------------------------------------------------------------- shared pieces
+
+    @property
+    def _device(self) -> torch.device:
+        return self.encoder_proj.weight.device
+
+    def _begin_chunk(self, state: FlowState, mu: Tensor, size: int) -> None:
+        """The chunk's `size` tokens are encoded: mu [1, M, T]."""
+        del state.tokens[:size]
+        begin, num_frames = state.frames_done, size * self.dims.frames_per_token
+        state.frames_done += num_frames
         if self.dims.n_timesteps == 0:
-            return ChunkInWork(mu, mu, mu)
+            state.chunk = ChunkInWork(mu, mu, mu, num_frames=num_frames)
+            return
         condition = torch.zeros_like(mu)
         if state.prompt_mel is not None:
             piece = state.prompt_mel[..., begin : state.frames_done]
             condition[..., : piece.shape[-1]] = piece
-        return ChunkInWork(mu, self.start(mu, begin), condition)
+        state.chunk = ChunkInWork(mu, self.start(mu, [begin]), condition, num_frames=num_frames)
 
-    def _euler_step(self, state: FlowState, chunk: ChunkInWork) -> None:
-        points, index = self.time_points(), chunk.num_steps_done
-        cache = state.estimator_caches[index]
-        v = self.direction(chunk.x, chunk.mu, points[index], state.speaker, chunk.condition, None, cache)
-        chunk.x = chunk.x + (points[index + 1] - points[index]) * v
-        chunk.num_steps_done += 1
+    def _euler(
+        self,
+        states: Sequence[FlowState],
+        chunks: Sequence[ChunkInWork],
+        visible: Tensor | None,
+        cache: LeftContext,
+    ) -> None:
+        """One Euler step of each chunk, each at its own time."""
+        points = self.time_points()
+        now = torch.tensor([points[chunk.num_steps_done] for chunk in chunks], device=self._device)
+        then = torch.tensor([points[chunk.num_steps_done + 1] for chunk in chunks], device=self._device)
+        x, mu, condition = (torch.cat([getattr(chunk, name) for chunk in chunks]) for name in ("x", "mu", "condition"))
+        speaker = torch.cat([state.speaker for state in states])
+        x = x + (then - now)[:, None, None].to(x.dtype) * self.direction(x, mu, now, speaker, condition, visible, cache)
+        for row, chunk in enumerate(chunks):
+            chunk.x = x[row : row + 1]
+            chunk.num_steps_done += 1
+
+    def _finished(self, state: FlowState) -> Tensor | None:
+        """The mel of a chunk that has made its last step, without the prompt's frames."""
+        chunk = state.chunk
+        if chunk is None or chunk.num_steps_done < self.dims.n_timesteps:
+            return None
+        mel, state.chunk = chunk.x[..., : chunk.num_frames], None
+        state.num_chunks += 1
+        skip = min(state.frames_to_skip, mel.shape[-1])
+        state.frames_to_skip -= skip
+        return mel[..., skip:]
 
     # ------------------------------------------------------------------ training
 
@@ -334,7 +442,7 @@ class Flow(nn.Module):
             mu, condition, speaker = mu * keep[..., None], condition * keep[..., None], speaker * keep
         attention = None
         if is_streaming:
-            frames = dims.encoder.static_chunk_size * dims.frames_per_token
+            frames = dims.chunk_size * dims.frames_per_token
             attention = chunk_mask(clean.shape[-1], frames, dims.num_left_chunks, clean.device)
         made = self.decoder.estimator(x, mu, time, speaker, condition, valid, attention)
         weight = valid[:, None].to(clean)

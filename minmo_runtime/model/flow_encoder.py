@@ -2,7 +2,7 @@
 them).
 
 Each attention block sees its own chunk and whole chunks to the left; three look-ahead tokens enter through one
-convolution only. Offline forms take a mask over everything; `step` takes one aligned chunk and a `ModuleCache` with
+convolution only. Offline forms take a mask over everything; `step` takes one aligned chunk and a `LeftContext` with
 the left context: the same numbers. Key names are CosyVoice 2's (`encoder.*` of flow.pt). Part of step 9 of the walk;
 knows nothing of mels or calls.
 Source: CosyVoice `transformer/upsample_encoder.py` as described in facts/minmo.md 2.2; relative positions as in ESPnet.
@@ -14,15 +14,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minmo_runtime.model.dims import Dims
-
-# Left context of one turn, by the layer that needs it. Values are tensors or (key, value) pairs.
-ModuleCache = dict[nn.Module, Any]
+from minmo_runtime.model.flow_cache import LeftContext
 
 _MASKED = -1e10  # finite, so that a row of padding only stays a number
 
@@ -58,28 +55,18 @@ def padding_mask(lengths: Tensor, length: int) -> Tensor:
     return torch.arange(length, device=lengths.device)[None] < lengths[:, None]
 
 
-def with_left_context(x: Tensor, frames: int, module: nn.Module, cache: ModuleCache | None) -> Tensor:
+def with_left_context(x: Tensor, frames: int, module: nn.Module, cache: LeftContext | None) -> Tensor:
     """x [B, C, T] with `frames` earlier frames in front: zeros at the start of a turn, the cached ones later."""
-    left = None if cache is None else cache.get(module)
-    x = torch.cat((x.new_zeros(x.shape[0], x.shape[1], frames) if left is None else left, x), dim=-1)
-    if cache is not None:
-        cache[module] = x[..., x.shape[-1] - frames :]
-    return x
+    return nn.functional.pad(x, (frames, 0)) if cache is None else cache.left_frames(module, x, frames)
 
 
 def with_left_keys(
-    key: Tensor, value: Tensor, keep: int, module: nn.Module, cache: ModuleCache | None
+    key: Tensor, value: Tensor, keep: int, module: nn.Module, cache: LeftContext | None
 ) -> tuple[Tensor, Tensor]:
     """key, value [B, H, T, K] with the cached ones in front; keeps the last `keep` frames (-1: all) for the next
     chunk.
     """
-    if cache is None:
-        return key, value
-    if module in cache:
-        key, value = torch.cat((cache[module][0], key), dim=2), torch.cat((cache[module][1], value), dim=2)
-    start = 0 if keep < 0 else max(0, key.shape[2] - keep)
-    cache[module] = (key[:, :, start:], value[:, :, start:])
-    return key, value
+    return (key, value) if cache is None else cache.left_keys(module, key, value, keep)
 
 
 def relative_positions(num_new: int, num_keys: int, size: int, like: Tensor) -> Tensor:
@@ -118,7 +105,7 @@ class RelativeAttention(nn.Module):
         self.pos_bias_u = nn.Parameter(torch.zeros(num_heads, self.head_dim))
         self.pos_bias_v = nn.Parameter(torch.zeros(num_heads, self.head_dim))
 
-    def forward(self, x: Tensor, mask: Tensor | None, keep: int, cache: ModuleCache | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, keep: int, cache: LeftContext | None) -> Tensor:
         rows, length, size = x.shape
         heads = (rows, length, self.num_heads, self.head_dim)
         query = self.linear_q(x).view(heads)
@@ -171,7 +158,7 @@ class ConformerBlock(nn.Module):
         self.norm_ff = nn.LayerNorm(size, eps=1e-12)
         self.norm_mha = nn.LayerNorm(size, eps=1e-12)
 
-    def forward(self, x: Tensor, mask: Tensor | None, keep: int, cache: ModuleCache | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, keep: int, cache: LeftContext | None) -> Tensor:
         x = x + self.self_attn(self.norm_mha(x), mask, keep, cache)
         return x + self.feed_forward(self.norm_ff(x))
 
@@ -187,7 +174,7 @@ class LookAheadLayer(nn.Module):
         self.conv1 = nn.Conv1d(size, size, look_ahead + 1)
         self.conv2 = nn.Conv1d(size, size, 3)
 
-    def forward(self, x: Tensor, context: Tensor | None, cache: ModuleCache | None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None, cache: LeftContext | None) -> Tensor:
         """x [B, T, D]; context [B, <= look_ahead, D], missing frames count as zero."""
         ahead = x if context is None else torch.cat((x, context), dim=1)
         missing = x.shape[1] + self.look_ahead - ahead.shape[1]
@@ -205,7 +192,7 @@ class UpsampleLayer(nn.Module):
         self.stride = stride
         self.conv = nn.Conv1d(size, size, 2 * stride + 1)
 
-    def forward(self, x: Tensor, cache: ModuleCache | None) -> Tensor:
+    def forward(self, x: Tensor, cache: LeftContext | None) -> Tensor:
         y = x.transpose(1, 2).repeat_interleave(self.stride, dim=-1)
         return self.conv(with_left_context(y, 2 * self.stride, self.conv, cache)).transpose(1, 2)
 
@@ -249,10 +236,22 @@ class UpsampleConformerEncoder(nn.Module):
             up_mask = up_mask & chunk_mask(length * stride, dims.static_chunk_size * stride, num_left_chunks, x.device)
         return self._run(x, context, mask, up_mask, -1, None), padding_mask(lengths * stride, length * stride)
 
-    def step(self, x: Tensor, context: Tensor | None, cache: ModuleCache, num_left_chunks: int) -> Tensor:
-        """One aligned chunk [B, static_chunk_size, D] (the last one may be shorter), with its look-ahead tokens."""
-        keep = num_left_chunks * self.dims.static_chunk_size if num_left_chunks >= 0 else -1
+    def step(self, x: Tensor, context: Tensor | None, cache: LeftContext, keep: int) -> Tensor:
+        """One aligned chunk [B, T, D] (the last one may be shorter), with its look-ahead tokens; `keep` tokens of keys
+        stay for the next one (-1: all)."""
         return self._run(x, context, None, None, keep, cache)
+
+    def step_rows(
+        self, x: Tensor, real: Tensor, length: int, cache: LeftContext, masks: tuple[Tensor | None, Tensor | None]
+    ) -> Tensor:
+        """One chunk of several turns, padded to `length`, behind it the look-ahead: x [B, length + look-ahead, D].
+
+        `real` [B, length + look-ahead] is true where there is a token; `masks` say which keys each row may see, at
+        token and at mel rate ([B, 1, S]).
+        """
+        embedded = self.embed(x) * real[..., None].to(x.dtype)  # a missing token counts as zero BEHIND the input layer
+        x, ahead = embedded[:, :length], embedded[:, length:]
+        return self._run_embedded(x, ahead, masks[0], masks[1], -1, cache)
 
     def _run(
         self,
@@ -261,10 +260,21 @@ class UpsampleConformerEncoder(nn.Module):
         mask: Tensor | None,
         up_mask: Tensor | None,
         keep: int,
-        cache: ModuleCache | None,
+        cache: LeftContext | None,
     ) -> Tensor:
-        x = self.embed(x)
-        x = self.pre_lookahead_layer(x, None if context is None else self.embed(context), cache)
+        context = None if context is None else self.embed(context)
+        return self._run_embedded(self.embed(x), context, mask, up_mask, keep, cache)
+
+    def _run_embedded(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        mask: Tensor | None,
+        up_mask: Tensor | None,
+        keep: int,
+        cache: LeftContext | None,
+    ) -> Tensor:
+        x = self.pre_lookahead_layer(x, context, cache)
         for block in self.encoders:
             x = block(x, mask, keep, cache)
         x = self.up_embed(self.up_layer(x, cache))

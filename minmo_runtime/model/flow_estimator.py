@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from minmo_runtime.model.dims import Dims
-from minmo_runtime.model.flow_encoder import ModuleCache, with_left_context, with_left_keys
+from minmo_runtime.model.flow_cache import LeftContext
+from minmo_runtime.model.flow_encoder import with_left_context, with_left_keys
 
 _MASKED = -1e10
 _TIME_SCALE = 1000.0
@@ -57,7 +58,7 @@ class CausalConv3(nn.Conv1d):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3)
 
-    def run(self, x: Tensor, cache: ModuleCache | None) -> Tensor:
+    def run(self, x: Tensor, cache: LeftContext | None) -> Tensor:
         return self(with_left_context(x, 2, self, cache))
 
 
@@ -70,7 +71,7 @@ class ConvBlock(nn.Module):
         super().__init__()
         self.block = nn.ModuleList((CausalConv3(in_channels, out_channels), nn.Identity(), nn.LayerNorm(out_channels)))
 
-    def run(self, x: Tensor, valid: Tensor | None, cache: ModuleCache | None) -> Tensor:
+    def run(self, x: Tensor, valid: Tensor | None, cache: LeftContext | None) -> Tensor:
         y = self.block[0].run(_masked(x, valid), cache)
         y = nn.functional.mish(self.block[2](y.transpose(1, 2))).transpose(1, 2)
         return _masked(y, valid)
@@ -84,7 +85,7 @@ class ResnetBlock(nn.Module):
         self.block2 = ConvBlock(out_channels, out_channels)
         self.res_conv = nn.Conv1d(in_channels, out_channels, 1)
 
-    def run(self, x: Tensor, valid: Tensor | None, time: Tensor, cache: ModuleCache | None) -> Tensor:
+    def run(self, x: Tensor, valid: Tensor | None, time: Tensor, cache: LeftContext | None) -> Tensor:
         y = self.block1.run(x, valid, cache) + self.mlp(time)[..., None]
         return self.block2.run(y, valid, cache) + self.res_conv(_masked(x, valid))
 
@@ -101,7 +102,7 @@ class SelfAttention(nn.Module):
         self.to_v = nn.Linear(channels, inner, bias=False)
         self.to_out = nn.ModuleList((nn.Linear(inner, channels),))
 
-    def run(self, x: Tensor, bias: Tensor | None, keep: int, cache: ModuleCache | None) -> Tensor:
+    def run(self, x: Tensor, bias: Tensor | None, keep: int, cache: LeftContext | None) -> Tensor:
         rows, length = x.shape[:2]
         heads = (rows, length, self.num_heads, self.head_dim)
         query, key, value = (to(x).view(heads).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v))
@@ -140,7 +141,7 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dims.channels)
         self.ff = EstimatorFeedForward(dims.channels)
 
-    def run(self, x: Tensor, bias: Tensor | None, keep: int, cache: ModuleCache | None) -> Tensor:
+    def run(self, x: Tensor, bias: Tensor | None, keep: int, cache: LeftContext | None) -> Tensor:
         x = x + self.attn1.run(self.norm1(x), bias, keep, cache)
         return x + self.ff(self.norm3(x))
 
@@ -182,7 +183,7 @@ class FlowEstimator(nn.Module):
         valid: Tensor | None = None,
         attention: Tensor | None = None,
         keep: int = -1,
-        cache: ModuleCache | None = None,
+        cache: LeftContext | None = None,
     ) -> Tensor:
         """`speaker` [B, M]; `valid` [B, T] marks frames inside their row; `attention` [B, T, T] or [T, T] true = may
         see.
@@ -210,7 +211,7 @@ class FlowEstimator(nn.Module):
         time: Tensor,
         bias: Tensor | None,
         keep: int,
-        cache: ModuleCache | None,
+        cache: LeftContext | None,
     ) -> Tensor:
         x = stage[0].run(x, valid, time, cache).transpose(1, 2)  # [B, T, C]
         for block in stage[1]:
@@ -219,15 +220,14 @@ class FlowEstimator(nn.Module):
 
     @staticmethod
     def _bias(valid: Tensor | None, attention: Tensor | None, like: Tensor) -> Tensor | None:
-        """One additive mask [B or 1, 1, T, T] for all blocks."""
+        """One additive mask for all blocks, [B or 1, 1, T or 1, S]; S is T, or with a cache the window and T."""
         if valid is None and attention is None:
             return None
-        allowed = torch.ones(1, 1, 1, like.shape[-1], dtype=torch.bool, device=like.device)
+        allowed = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=like.device)
         if valid is not None:
             allowed = allowed & valid[:, None, None, :]
         if attention is not None:
             allowed = allowed & (attention if attention.dim() == 3 else attention[None])[:, None]
-        allowed = allowed.expand(-1, -1, like.shape[-1], -1)
         return torch.zeros(allowed.shape, dtype=like.dtype, device=like.device).masked_fill(~allowed, _MASKED)
 
 

@@ -127,7 +127,7 @@ def test_bounded_left_context_forgets_older_chunks(flow: Flow) -> None:
     state = flow.new_state(torch.zeros(1, FLOW.spk_embed_dim))
     flow.push(state, [1] * 60)
     drain(flow, state)
-    kept = state.encoder_cache[flow.encoder.encoders[0].self_attn][0].shape[2]
+    kept = state.encoder_cache.keys[flow.encoder.encoders[0].self_attn][0].shape[2]
     assert kept == FLOW.num_left_chunks * FLOW.encoder.static_chunk_size == 10
 
 
