@@ -79,7 +79,7 @@ class SearchSettings:
     """Data of the checkpoint (`[captions]`)."""
 
     weight: float = 0.4  # of the n-gram against the sound, 0-2
-    piece_bonus: float = 1.2  # per piece, against a search that prefers to say little, 0-3
+    piece_bonus: float = 1.6  # per piece, against a search that prefers to say little, 0-3
     beam: int = 12  # prefixes kept, 1-64
     min_log_posterior: float = -6.0  # pieces below it are not tried in a frame, -20 to 0
 

@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
-from minmo_runtime.caption_search import BITS, EDGE, MAX_ORDER, pack
+from minmo_runtime.caption_search import BITS, EDGE, pack
 from minmo_runtime.training import corpus
 
 NGRAM_FILE = "caption_ngram.safetensors"
@@ -36,7 +36,7 @@ def count(sentences: Iterable[Sequence[int]], order: int) -> dict[tuple[int, ...
 
 
 def write(
-    path: Path, sentences: Iterable[Sequence[int]], vocab_size: int, order: int = MAX_ORDER, min_count: int = 3
+    path: Path, sentences: Iterable[Sequence[int]], vocab_size: int, order: int = 4, min_count: int = 6
 ) -> int:
     """Count and store; n-grams of more than two pieces need `min_count` sightings. Returns how many were kept."""
     if vocab_size + 1 >= 1 << BITS:
