@@ -38,7 +38,7 @@ LOCAL_IMPORTS = {
     "agent/doctor.py": "says that torch is missing instead of failing on it",
     "minmo_runtime/server.py": "the fake runtime is served without torch",
     "minmo_runtime/training/vocoder.py": "espeak-ng is there at training time only",
-    "telephony/worker.py": "FFmpeg is loaded only for an apology at another rate",
+    "telephony/media_worker.py": "FFmpeg is loaded only for an apology at another rate",
 }
 
 # Where an import name is not the distribution's name.

@@ -20,7 +20,15 @@ from telephony.leg import LegEvent, LegIncoming, LegState, LegStateChanged
 from telephony.sip.causes import Cause, cause_of_status
 from telephony.sip.leg import SipLeg
 from telephony.sip.media_port import MediaPorts, check_frame_copy
-from telephony.sip.trunk import caller_of, check_outbound, clean, is_allowed_source, read_invite, split_uri
+from telephony.sip.trunk import (
+    TrunkRefused,
+    caller_of,
+    check_outbound,
+    clean,
+    is_allowed_source,
+    read_invite,
+    split_uri,
+)
 from telephony.wire import PlaceCall
 
 Sink = Callable[[SipLeg, LegEvent], None]
@@ -205,6 +213,12 @@ class SipEndpoint:
     def forget(self, leg: SipLeg) -> None:
         """The agent has been told of the end."""
         self.legs.pop(leg.leg_id, None)
+
+    def reason_of(self, error: Exception) -> str | None:
+        """What configuration does not allow, or pjsip refused, in its words."""
+        if isinstance(error, TrunkRefused):
+            return str(error)
+        return str(error.info(False)) if isinstance(error, pj.Error) else None
 
     def end_all(self, cause: Cause) -> None:
         for leg in list(self.legs.values()):

@@ -100,6 +100,10 @@ class SipLeg(pj.Call):
                 self.refer = OutboundRefer(self.leg_id, now_s, self._config.refer_timeout_s)
                 self.xfer(f"<{refer_to}>", pj.CallOpParam(True))
 
+    def send_dtmf(self, digits: str) -> None:
+        """Keys out, as RFC 4733 telephone-events."""
+        self.dialDtmf(digits)
+
     def ring(self) -> None:
         """180 Ringing while the agent makes up its mind."""
         self.answer(_call_param(180))
