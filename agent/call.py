@@ -267,7 +267,7 @@ class Call:
     # ============================================================ what was heard
 
     def _give(self, pieces: list[Piece]) -> None:
-        self._out += [play_command(self.leg_id, piece) for piece in pieces]
+        self._out += [play_command(self.leg_id, piece, self.turns.may_duck(piece.turn_id)) for piece in pieces]
 
     def _on_played(self, item_id: str, played_samples: int, is_over: bool, now: float) -> None:
         found = self.book.played(item_id, played_samples, is_over=is_over, now=now)

@@ -52,6 +52,7 @@ class Piece:
     """What to give to the leg next."""
 
     item_id: str
+    turn_id: str
     pcm: bytes
     rate_hz: int
     is_final: bool
@@ -84,10 +85,10 @@ class PlayoutBook:
         while speech.waiting and item.given_samples - item.played_samples < MAX_AHEAD_S * self.leg_rate_hz:
             pcm = speech.waiting.popleft()
             item.given_samples += len(pcm) // 2 * self.leg_rate_hz / speech.rate_hz
-            pieces.append(Piece(item.item_id, pcm, speech.rate_hz, False))
+            pieces.append(Piece(item.item_id, speech.turn_id, pcm, speech.rate_hz, False))
         if speech.is_complete and not speech.waiting and not item.is_final_given:
             item.is_final_given = True
-            pieces.append(Piece(item.item_id, b"", speech.rate_hz, True))
+            pieces.append(Piece(item.item_id, speech.turn_id, b"", speech.rate_hz, True))
         return pieces
 
     def _open_item(self, speech: Speech, now: float) -> Item:

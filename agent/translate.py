@@ -8,10 +8,11 @@ from minmo_runtime import api
 from telephony import leg as tel
 
 
-def play_command(leg_id: str, piece: Piece) -> tel.Play:
+def play_command(leg_id: str, piece: Piece, may_duck: bool) -> tel.Play:
     return tel.Play(
-        leg_id=leg_id, item_id=piece.item_id, pcm=piece.pcm, sample_rate_hz=piece.rate_hz, is_final=piece.is_final
-    )
+        leg_id=leg_id, item_id=piece.item_id, pcm=piece.pcm, sample_rate_hz=piece.rate_hz, is_final=piece.is_final,
+        may_duck=may_duck,
+    )  # fmt: skip
 
 
 def predicted(event: api.DuplexPrediction) -> floor.Predicted:

@@ -150,6 +150,10 @@ class TurnTaking:
     def is_caller_voiced(self, now: float) -> bool:
         return self._last_voiced_audio_s >= 0 and now - self._last_voiced_at < self.config.burst_silence_s
 
+    def may_duck(self, turn_id: str) -> bool:
+        """False for a turn that must be heard in full: whatever the caller says, it stays as loud as it is."""
+        return not any(turn.turn_id == turn_id and (turn.is_protected or turn.closing_cause) for turn in self.queue)
+
     def _move(self, state: State) -> None:
         assert state in NEXT[self.state], f"{self.state} -> {state} is not in the table"
         self.state = state

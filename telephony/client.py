@@ -33,7 +33,7 @@ from pathlib import Path
 import msgspec
 
 from telephony.config import TelephonyConfig
-from telephony.frames import CallerAudio, Tap
+from telephony.frames import Tap, audio_frame
 from telephony.leg import (
     AudioFrame,
     Flush,
@@ -95,7 +95,7 @@ class WorkerLeg:
         self._wake_fd = fds[1]
         self._max_unplayed = int(config.max_unplayed_s * self.sample_rate_hz)
         self._outgoing = OutgoingAudio(self.sample_rate_hz)
-        self._caller_audio = CallerAudio(self.leg_id, config)
+        self._tap: Tap | None = None
         self._unplayed: dict[str, int] = {}  # item -> samples given and, as far as we have heard, not played
         self._played: dict[str, int] = {}
         self._closed: OrderedDict[str, None] = OrderedDict()
@@ -134,7 +134,7 @@ class WorkerLeg:
             await self._has_events.wait()
 
     def set_tap(self, tap: Tap | None) -> None:
-        self._caller_audio.tap = tap
+        self._tap = tap
 
     def hang_up(self, cause: str = Cause.NORMAL) -> None:
         """`send(Hangup)` for a timer's callback."""
@@ -180,7 +180,11 @@ class WorkerLeg:
             return
         for kind, payload in self._rings.to_agent.read():
             if kind is RecordKind.AUDIO:
-                self._push(self._caller_audio.frame(*unpack_audio(payload)))
+                tick = unpack_audio(payload)
+                if self._tap is not None:
+                    self._tap(tick.start_sample, tick.received, tick.sent)
+                frame = audio_frame(self.leg_id, self.sample_rate_hz, tick.start_sample, tick.cleaned, tick.is_voiced)
+                self._push(frame)
             else:
                 event = ring_events.decode(payload)
                 self._note_played(event)

@@ -93,6 +93,10 @@ class TelephonyConfig:
     duck_ramp_ms: int = 10
     """Length of the gain ramp of `Duck` and of `Resume` (a step would click)."""
 
+    local_duck_db: float = -18.0
+    """How much quieter the media worker makes the agent at the caller's onset, before the agent has decided anything;
+    0 = it waits for the agent."""
+
     vad_mode: int = 2
     """WebRTC voice activity mode, 0 (lets most through) to 3 (strictest)."""
 
@@ -109,7 +113,11 @@ class TelephonyConfig:
     """How long `voiced` stays true after the last voiced frame (gaps inside words)."""
 
     echo_max_delay_ms: int = 400
-    """Longest line echo the residual-echo gate looks for; 0 = gate off."""
+    """Longest delay of a line echo of our voice; 0 = no echo is looked for."""
+
+    echo_canceller: str = "auto"
+    """auto = libspeexdsp removes the echo where it is installed, else only the echo gate works; speexdsp = do not start
+    without it; off = gate only."""
 
     wire_voiced_dbov: float = -45.0
     """Level above which 10 ms count as voiced in the wire metrics."""
@@ -147,9 +155,9 @@ class TelephonyConfig:
             "rtp_timeout_s": (0, 3600), "agent_lost_hold_s": (0, 120), "agent_stall_s": (0.5, 120),
             "drain_s": (0, 3600),
             "max_unplayed_s": (1, 120), "progress_ms": (10, 100), "duck_ramp_ms": (0, 200), "vad_mode": (0, 3),
-            "vad_min_dbov": (-90, 0), "vad_onset_ms": (10, 500), "vad_onset_window_ms": (10, 1000),
-            "vad_hangover_ms": (0, 2000), "echo_max_delay_ms": (0, 1000), "wire_voiced_dbov": (-90, 0),
-            "wire_onset_ms": (10, 500), "wire_hangover_ms": (10, 2000),
+            "local_duck_db": (-60, 0), "vad_min_dbov": (-90, 0), "vad_onset_ms": (10, 500),
+            "vad_onset_window_ms": (10, 1000), "vad_hangover_ms": (0, 2000), "echo_max_delay_ms": (0, 1000),
+            "wire_voiced_dbov": (-90, 0), "wire_onset_ms": (10, 500), "wire_hangover_ms": (10, 2000),
         }  # fmt: skip
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
@@ -157,6 +165,8 @@ class TelephonyConfig:
                 raise refusal(name, value, f"must be {low} to {high}")
         if self.ptime_ms not in PTIMES_MS:
             raise refusal("ptime_ms", self.ptime_ms, "must be 10, 20, 30 or 40")
+        if self.echo_canceller not in ("auto", "speexdsp", "off"):
+            raise refusal("echo_canceller", self.echo_canceller, "must be auto, speexdsp or off")
         if self.vad_onset_window_ms < self.vad_onset_ms:
             raise refusal(
                 "vad_onset_window_ms", self.vad_onset_window_ms, f"must be at least vad_onset_ms ({self.vad_onset_ms})"

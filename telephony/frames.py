@@ -1,8 +1,7 @@
-"""From samples of the wire to `AudioFrame`: echo gate, voice activity, tap (walk: hops 2 and 3; tap: recorder,
-monitor).
+"""From samples of the wire to what the agent is told about the caller: echo removal, voice activity (walk: hops 2, 3).
 
-Shared by the worker's client and the loopback leg, so scenario tests hear the caller through the same code as a call
-does.
+Runs where the samples are, in the media worker (telephony/leg_media.py) and in the loopback leg, so that the duck needs
+neither the agent nor its loop, and scenario tests hear the caller through the same code as a call does.
 """
 
 from __future__ import annotations
@@ -10,28 +9,26 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from telephony.config import TelephonyConfig
-from telephony.echo import EchoGate
+from telephony.echo import LineEcho
 from telephony.leg import AudioFrame
 from telephony.voice_activity import VoiceActivity
 
 Tap = Callable[[int, bytes, bytes], None]
-"""tap(start_sample, caller_pcm, agent_pcm): reads, and changes nothing."""
+"""tap(start_sample, caller_pcm, agent_pcm): reads, and changes nothing. Both as they crossed the wire, echo and all."""
 
 
 class CallerAudio:
     """One leg's received direction."""
 
-    def __init__(self, leg_id: str, config: TelephonyConfig) -> None:
-        self._leg_id = leg_id
-        self._rate = config.sample_rate_hz
-        self._echo = EchoGate(config)
+    def __init__(self, config: TelephonyConfig) -> None:
+        self._echo = LineEcho(config)
         self._voice_activity = VoiceActivity(config)
-        self.tap: Tap | None = None
 
-    def frame(self, start_sample: int, received: bytes, sent: bytes) -> AudioFrame:
-        if self.tap is not None:
-            self.tap(start_sample, received, sent)
-        is_voiced = self._voice_activity.push(received, self._echo.push(received, sent))
-        return AudioFrame(
-            leg_id=self._leg_id, pcm=received, sample_rate_hz=self._rate, start_sample=start_sample, voiced=is_voiced
-        )
+    def listen(self, received: bytes, sent: bytes) -> tuple[bytes, bool]:
+        """One tick: the received samples without our echo, and whether the caller speaks."""
+        cleaned, is_echo = self._echo.push(received, sent)
+        return cleaned, self._voice_activity.push(cleaned, is_echo)
+
+
+def audio_frame(leg_id: str, rate_hz: int, start_sample: int, cleaned: bytes, is_voiced: bool) -> AudioFrame:
+    return AudioFrame(leg_id=leg_id, pcm=cleaned, sample_rate_hz=rate_hz, start_sample=start_sample, voiced=is_voiced)

@@ -57,7 +57,8 @@ class LegStateChanged(Message, frozen=True):
 
 
 class AudioFrame(Message, frozen=True):
-    """Caller audio: `pcm` is int16 little endian mono; `start_sample` counts from the first sample of the leg."""
+    """Caller audio, line echo removed: `pcm` is int16 little endian mono; `start_sample` counts from the first sample
+    of the leg."""
 
     pcm: bytes
     sample_rate_hz: int
@@ -138,6 +139,7 @@ class Play(Message, frozen=True):
     pcm: bytes
     sample_rate_hz: int
     is_final: bool = False
+    may_duck: bool = False  # the leg itself ducks this item at the caller's onset; said with the item's first chunk
 
 
 class Flush(Message, frozen=True):

@@ -1,5 +1,5 @@
-"""One leg's media, tick by tick: play-out and wire metrics on one side, the shared-memory ring on the other (hops 1
-and 13).
+"""One leg's media, tick by tick: play-out, echo removal, voice activity and wire metrics on one side, the shared-memory
+ring on the other (hops 1, 2 and 13).
 
 Called by the media callback on pjmedia's clock thread, which every call of the process shares: no I/O, no lock, no
 wait, no logging in the normal path. A tick has two halves: first our samples are asked for, then the party's are
@@ -15,9 +15,10 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from telephony.config import TelephonyConfig
+from telephony.frames import CallerAudio
 from telephony.leg import LegCommand, LegError, LegEvent, PlayoutProgress
 from telephony.playout import Playout
-from telephony.ring import LegRings, RecordKind, pack_audio
+from telephony.ring import AudioTick, LegRings, RecordKind, pack_audio
 from telephony.wire import encode, ring_commands
 from telephony.wire_metrics import VoicedEnergyMeter
 
@@ -31,6 +32,7 @@ class LegMedia:
 
     def __init__(self, leg_id: str, config: TelephonyConfig) -> None:
         self._playout = Playout(leg_id, config)
+        self._caller_audio = CallerAudio(config)
         self._meters = {party: VoicedEnergyMeter(leg_id, party, config) for party in ("caller", "agent")}
         self._silence = bytes(2 * config.samples_per_frame)
         self._sent: bytes | None = None  # asked for, its received half not seen yet
@@ -86,13 +88,16 @@ class LegMedia:
             return
         if len(received) != len(sent):
             received = self._silence
+        cleaned, is_voiced = self._caller_audio.listen(received, sent)
+        self._playout.caller_is_voiced(is_voiced)
         self._report(list(self._meters["caller"].push(received)))
         outlet = self._outlet
         if outlet is None:
             return
         rings, wake_fd = outlet
         start_sample = self._playout.sample - len(sent) // 2
-        if not rings.to_agent.write(RecordKind.AUDIO, pack_audio(start_sample, received, sent), _KEPT_FREE_FOR_EVENTS):
+        tick = AudioTick(start_sample, received, sent, cleaned, is_voiced)
+        if not rings.to_agent.write(RecordKind.AUDIO, pack_audio(tick), _KEPT_FREE_FOR_EVENTS):
             self.dropped_frames += 1
         os.eventfd_write(wake_fd, 1)
 

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 import numpy as np
 
 from telephony.config import TelephonyConfig
-from telephony.frames import CallerAudio, Tap
+from telephony.frames import CallerAudio, Tap, audio_frame
 from telephony.leg import (
     Answer,
     DtmfReceived,
@@ -58,7 +58,8 @@ class LoopbackLeg:
         self.played_before: dict[str, int] = {}
         self._playout = Playout(leg_id, self.config)
         self._outgoing = OutgoingAudio(self.sample_rate_hz)
-        self._caller_audio = CallerAudio(leg_id, self.config)
+        self._caller_audio = CallerAudio(self.config)
+        self._tap: Tap | None = None
         self._meters = {party: VoicedEnergyMeter(leg_id, party, self.config) for party in ("caller", "agent")}
         self._commands: deque[LegCommand] = deque()
         self._speech, self._heard = bytearray(), bytearray()
@@ -110,7 +111,7 @@ class LoopbackLeg:
             await self._has_events.wait()
 
     def set_tap(self, tap: Tap | None) -> None:
-        self._caller_audio.tap = tap
+        self._tap = tap
 
     # ------------------------------------------------------------- the far end
 
@@ -186,7 +187,11 @@ class LoopbackLeg:
         events += self._meters["agent"].push(sent) + self._meters["caller"].push(received)
         for event in events:
             self._emit(event)
-        self._emit(self._caller_audio.frame(start_sample, received, sent))
+        if self._tap is not None:
+            self._tap(start_sample, received, sent)
+        cleaned, is_voiced = self._caller_audio.listen(received, sent)
+        self._playout.caller_is_voiced(is_voiced)
+        self._emit(audio_frame(self.leg_id, self.sample_rate_hz, start_sample, cleaned, is_voiced))
 
     def _received(self, num_samples: int, sent: bytes) -> bytes:
         size = 2 * num_samples

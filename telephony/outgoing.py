@@ -33,6 +33,7 @@ class OutgoingAudio:
             pcm=pcm,
             sample_rate_hz=self._rate,
             is_final=command.is_final,
+            may_duck=command.may_duck,
         )
 
     def forget(self, item_id: str = "") -> None:

@@ -34,6 +34,7 @@ from telephony.leg import (
 
 _REMEMBERED_ITEMS = 256  # closed items whose counts can still be asked for
 _DUCKED_GAIN = 10 ** (-12 / 20)  # 12 dB down counts as ducked
+_REARM_MS = 100  # the caller's silence after which a voice is a new one: gaps inside a sentence do not duck again
 
 
 @dataclass
@@ -43,6 +44,7 @@ class _Item:
     unplayed_samples: int = 0
     played_samples: int = 0
     is_complete: bool = False  # its last chunk was given
+    may_duck: bool = False
 
     def take(self, num_samples: int) -> bytes:
         parts, wanted = [], 2 * min(num_samples, self.unplayed_samples)
@@ -74,6 +76,11 @@ class Playout:
         self._closed: OrderedDict[str, int] = OrderedDict()  # item_id -> samples played
         self._gain, self._target_gain, self._gain_step = 1.0, 1.0, 0.0
         self._is_ducked = False
+        self._local_duck_db = config.local_duck_db
+        self._rearm_samples = _REARM_MS * rate // 1000
+        self._is_caller_voiced = False
+        self._caller_silent_since = -self._rearm_samples
+        self._has_ducked_itself = False  # and the agent has said nothing about it yet
         self.is_paused = False
         self._reported_at = 0  # sample of the last PlayoutProgress
         self.sample = 0  # the leg's clock: samples pulled so far
@@ -83,8 +90,8 @@ class Playout:
     def apply(self, command: LegCommand) -> list[Flushed]:
         """One play-out command; only `Flush` has an immediate answer."""
         match command:
-            case Play(item_id=item_id, pcm=pcm, is_final=is_final):
-                self.play(item_id, pcm, is_final)
+            case Play(item_id=item_id, pcm=pcm, is_final=is_final, may_duck=may_duck):
+                self.play(item_id, pcm, is_final, may_duck)
             case Flush(item_id=item_id):
                 return self.flush(item_id)
             case Duck(gain_db=gain_db):
@@ -104,13 +111,13 @@ class Playout:
                 f"Play {item_id!r}: {self.unplayed_samples} samples unplayed, at most {self._max_unplayed_samples}"
             )
 
-    def play(self, item_id: str, pcm: bytes, is_final: bool = False) -> None:
+    def play(self, item_id: str, pcm: bytes, is_final: bool = False, may_duck: bool = False) -> None:
         """Append int16 mono at the leg's rate. LegError when more than `max_unplayed_s` would wait."""
         if item_id in self._closed:
             return
         num_samples = len(pcm) // 2
         self.check_room(item_id, num_samples)
-        item = self._items.setdefault(item_id, _Item())
+        item = self._items.setdefault(item_id, _Item(may_duck=may_duck))
         if pcm:
             item.chunks.append(pcm)
             item.unplayed_samples += num_samples
@@ -124,14 +131,31 @@ class Playout:
         return [self._close(name) for name in dropped]
 
     def duck(self, gain_db: float) -> None:
+        self._has_ducked_itself = False
         self._ramp_to(10 ** (min(0.0, gain_db) / 20))
 
     def pause(self) -> None:
         self.is_paused = True
 
     def resume(self) -> None:
-        self.is_paused = False
+        self.is_paused = self._has_ducked_itself = False
         self._ramp_to(1.0)
+
+    def caller_is_voiced(self, is_voiced: bool) -> None:
+        """Told every tick. An item that may duck does so here at the caller's onset, without asking the agent, whose
+        `Duck` or `Resume` follows and rules. If neither comes, it is loud again when that voice ends.
+        """
+        if is_voiced and not self._is_caller_voiced:
+            is_new = self.sample - self._caller_silent_since >= self._rearm_samples
+            if is_new and self._local_duck_db < 0 and self._gain == self._target_gain == 1.0 and self._is_audible():
+                self.duck(self._local_duck_db)
+                self._has_ducked_itself = True
+        elif self._is_caller_voiced and not is_voiced:
+            self._caller_silent_since = self.sample
+            if self._has_ducked_itself:
+                self._has_ducked_itself = False
+                self._ramp_to(1.0)
+        self._is_caller_voiced = is_voiced
 
     # ------------------------------------------------------------------ wire
 
@@ -179,6 +203,11 @@ class Playout:
         return not self._items
 
     # --------------------------------------------------------------- private
+
+    def _is_audible(self) -> bool:
+        """Something that may duck is being played."""
+        item = next(iter(self._items.values()), None)
+        return item is not None and item.may_duck and item.played_samples > 0 and not self.is_paused
 
     def _progress(self, item_id: str, item: _Item, is_finished: bool) -> PlayoutProgress:
         self._reported_at = self.sample

@@ -15,17 +15,19 @@ import ctypes
 import mmap
 import os
 import struct
+from dataclasses import dataclass
 from enum import IntEnum
 
 _MAGIC = 0x4D4D52494E473031  # "MMRING01"
 _HEADER_BYTES = 192
 _OFFSET_MAGIC, _OFFSET_CAPACITY, _OFFSET_WRITTEN, _OFFSET_READ = 0, 8, 64, 128  # own cache lines
 _RECORD = struct.Struct("<II")  # kind, payload bytes
-_AUDIO = struct.Struct("<QI")  # start_sample, samples
+_AUDIO = struct.Struct("<QII")  # start_sample, samples, flags
+_IS_VOICED, _HAS_CLEANED = 1, 2  # flags; without _HAS_CLEANED the received samples had no echo to take out
 
 
 class RecordKind(IntEnum):
-    AUDIO = 1  # worker -> agent: received and sent samples of one tick
+    AUDIO = 1  # worker -> agent: one tick, as `AudioTick`
     EVENT = 2  # worker -> agent: msgpack of a LegEvent
     COMMAND = 3  # agent -> worker: msgpack of a LegCommand about play-out
 
@@ -109,10 +111,12 @@ class LegRings:
 
     @classmethod
     def create(cls, sample_rate_hz: int, seconds: float) -> LegRings:
-        """Rings for `seconds` of audio each (both directions' samples travel to the agent), plus room for events."""
+        """Rings for `seconds` of audio each (received, sent and cleaned samples travel to the agent), plus room for
+        events.
+        """
         audio_bytes = _round_up(int(sample_rate_hz * seconds) * 2)
         fd = os.memfd_create("minmo-leg", os.MFD_CLOEXEC)
-        return cls(fd, 2 * audio_bytes + 2**17, audio_bytes + 2**17, is_new=True)
+        return cls(fd, 3 * audio_bytes + 2**17, audio_bytes + 2**17, is_new=True)
 
     def close(self) -> None:
         self.to_agent.release()
@@ -121,16 +125,31 @@ class LegRings:
         os.close(self.fd)
 
 
-def pack_audio(start_sample: int, received: bytes, sent: bytes) -> bytes:
-    """One tick of the wire: equally many received and sent samples."""
-    assert len(received) == len(sent), (len(received), len(sent))
-    return _AUDIO.pack(start_sample, len(received) // 2) + received + sent
+@dataclass(frozen=True)
+class AudioTick:
+    """One tick of the wire: equally many samples (int16) received, sent, and received without our echo."""
+
+    start_sample: int
+    received: bytes
+    sent: bytes
+    cleaned: bytes
+    is_voiced: bool
 
 
-def unpack_audio(payload: bytes) -> tuple[int, bytes, bytes]:
-    start_sample, num_samples = _AUDIO.unpack_from(payload)
-    middle = _AUDIO.size + 2 * num_samples
-    return start_sample, payload[_AUDIO.size : middle], payload[middle : middle + 2 * num_samples]
+def pack_audio(tick: AudioTick) -> bytes:
+    assert len(tick.received) == len(tick.sent) == len(tick.cleaned), tick
+    has_cleaned = tick.cleaned != tick.received
+    flags = tick.is_voiced * _IS_VOICED | has_cleaned * _HAS_CLEANED
+    head = _AUDIO.pack(tick.start_sample, len(tick.received) // 2, flags)
+    return head + tick.received + tick.sent + (tick.cleaned if has_cleaned else b"")
+
+
+def unpack_audio(payload: bytes) -> AudioTick:
+    start_sample, num_samples, flags = _AUDIO.unpack_from(payload)
+    size = 2 * num_samples
+    received, sent, cleaned = (payload[_AUDIO.size + part * size :][:size] for part in range(3))
+    has_cleaned = bool(flags & _HAS_CLEANED)
+    return AudioTick(start_sample, received, sent, cleaned if has_cleaned else received, bool(flags & _IS_VOICED))
 
 
 def _round_up(size: int) -> int:
