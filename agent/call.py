@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 
 from agent import events as own
 from agent import floor
@@ -46,7 +47,7 @@ class Call:
         self.setup = setup
         self.call_id, self.leg_id = setup.call_id, setup.leg_id
         self.escalation = Escalation(setup.policy, setup.facts, setup.min_confidence)
-        self.turns = TurnTaking(setup.turn_taking, slot_digits=setup.order_digits)
+        self.turns = TurnTaking(setup.floor_rules(), slot_digits=setup.order_digits)
         self.book = PlayoutBook(setup.sample_rate_hz)
         self.transcript = Transcript()
         self.caller = CallerSide(self.transcript, setup.sample_rate_hz)
@@ -124,6 +125,7 @@ class Call:
                 self._on_runtime_lost(event.reason, now)
             # ---------------------------------------------------------- the shell
             case own.Start():
+                self._keep_manner()
                 self._open_stream(())
             case own.Resumed():
                 self._on_resumed(event, now)
@@ -142,6 +144,12 @@ class Call:
         return self._out
 
     # ============================================================= begin and end
+
+    def _keep_manner(self) -> None:
+        """The journal says which turn taking this call has, with every value as it takes effect."""
+        decision = self.setup.policy.duplex(self.setup.facts)
+        fields = {"preset": decision.preset, "reasons": list(decision.reasons), **asdict(self.turns.config)}
+        self._out.append(Keep("journal_append", {"name": "turn_taking", **fields}))
 
     def _open_stream(self, history: tuple[tuple[str, str], ...]) -> None:
         self._out.append(

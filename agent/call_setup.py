@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from agent.floor import TurnTakingConfig
 from agent.prompts.lines import CallLines
@@ -32,3 +32,7 @@ class CallSetup:
     rendered: Mapping[str, bytes] = field(default_factory=dict)  # sentence -> audio made before the call
     rendered_rate_hz: int = 24_000
     seed: int = 0
+
+    def floor_rules(self) -> TurnTakingConfig:
+        """The operator's turn taking, with the manner of the campaign over it."""
+        return replace(self.turn_taking, **self.policy.duplex(self.facts).values)

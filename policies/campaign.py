@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from policies.consent import RECORDING_MODES
+from policies.duplex_manner import DuplexManner, manner_faults
 from policies.facts import CheckpointFacts
 from policies.persona import Persona
 from policies.speaking_style import StyleRules, unsupported_values
@@ -31,6 +32,7 @@ class Campaign(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     order_digits: int = 0  # length of an order number; 0 = the line has none
     recording: str = ""  # off | after_notice | always, at most the operator's setting; "" = that setting
     handoff_uri: str = ""  # "speak to a person"; "" = handoff.uri
+    duplex: DuplexManner = DuplexManner()  # how the floor is taken and yielded
     lines: dict[str, tuple[str, ...]] = {}  # fixed sentences in this line's own words (greeting, goodbye ...)
     name: str = ""  # set from the file name, never from the file
 
@@ -85,6 +87,7 @@ def campaign_faults(campaign: Campaign, checkpoint: CheckpointFacts, line_keys: 
         faults.append(f"recording = {campaign.recording!r}: must be one of {', '.join(RECORDING_MODES)}")
     if campaign.handoff_uri and not _HANDOFF_URI.fullmatch(campaign.handoff_uri):
         faults.append(f"handoff_uri = {campaign.handoff_uri!r}: must be sip:user@host, sips:user@host or tel:number")
+    faults += manner_faults(campaign.duplex)
     for key, text in (("shop", campaign.shop), ("persona.name", campaign.persona.name)):
         if not text.strip():
             faults.append(f"{key} = {text!r}: must not be empty")

@@ -16,6 +16,14 @@ class StyleDecision(msgspec.Struct, frozen=True, kw_only=True):
     reasons: tuple[str, ...]
 
 
+class DuplexDecision(msgspec.Struct, frozen=True, kw_only=True):
+    """How the floor is taken and yielded in this call: `values` go over the operator's [turn_taking]."""
+
+    preset: str
+    values: dict[str, float]
+    reasons: tuple[str, ...]
+
+
 class AdmissionDecision(msgspec.Struct, frozen=True, kw_only=True):
     is_admitted: bool
     sip_status: int = 200

@@ -7,6 +7,7 @@
     engine.campaign_for(did)    Campaign | None: .name .shop .persona .lines .tools .order_digits ...
     engine.admit(facts, num_calls, max_calls)   404 unknown number; 503 + Retry-After: full, or its campaign is refused
     engine.style(facts)         StyleDecision: language, dialect, emotion, rate, instruction, reasons
+    engine.duplex(facts)        DuplexDecision: preset and values that go over the operator's [turn_taking]
     engine.system_prompt(facts) for OpenStream.system_prompt
     engine.disclose(facts)      Disclosure: .line is the key of the protected sentence, to be heard in full
     engine.recording(facts)     RecordingDecision: .mode off | after_notice | always
@@ -26,8 +27,9 @@ from pathlib import Path
 from policies.campaign import Campaign, CampaignProblem, load_campaigns
 from policies.config import PoliciesConfig
 from policies.consent import RecordingDecision, decide_recording
-from policies.decisions import AdmissionDecision, EscalationDecision, StyleDecision
+from policies.decisions import AdmissionDecision, DuplexDecision, EscalationDecision, StyleDecision
 from policies.disclosure import Disclosure, disclose
+from policies.duplex_manner import decide_duplex
 from policies.escalation import decide_escalation
 from policies.facts import CallFacts, CheckpointFacts
 from policies.speaking_style import decide_style
@@ -96,6 +98,9 @@ class PolicyEngine:
 
     def style(self, facts: CallFacts) -> StyleDecision:
         return decide_style(self._campaign(facts).style, facts)
+
+    def duplex(self, facts: CallFacts) -> DuplexDecision:
+        return decide_duplex(self._campaign(facts).duplex)
 
     def system_prompt(self, facts: CallFacts) -> str:
         """Persona, style instruction and what the line expects, in the text form the checkpoint was trained on."""
