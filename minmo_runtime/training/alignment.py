@@ -19,8 +19,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from minmo_runtime.caption_search import CaptionReader
 from minmo_runtime.model.backbone import Backbone
-from minmo_runtime.model.encoder import VoiceEncoder, collapse
+from minmo_runtime.model.encoder import VoiceEncoder
 from minmo_runtime.model.lora import Lora, LoraDims
 from minmo_runtime.model.projector import InputProjector, ProjectorDims
 from minmo_runtime.model.voice_tokenizer import pad_features
@@ -30,6 +31,7 @@ from minmo_runtime.training.evaluate import spoken_words
 from minmo_runtime.training.freeze import only_trainable
 from minmo_runtime.training.llm import SLOT_TOOLS, load_llm
 from minmo_runtime.training.loop import LoopSettings, StepLoop
+from minmo_runtime.training.ngram import NGRAM_FILE
 from minmo_runtime.training.resume import load_tensors, save_tensors
 from minmo_runtime.training.spoken import Mouth, Ragged, load_arrays, save_arrays
 from minmo_runtime.training.stage import StageConfig, part_file
@@ -193,23 +195,27 @@ class AlignmentTask(nn.Module):
 
 
 @torch.no_grad()
-def captions_of(task: AlignmentTask, pieces: Tokenizer, call: Call) -> list[str]:
-    """What the encoder's CTC head hears, as the bridge hands it to the LLM."""
+def captions_of(task: AlignmentTask, pieces: Tokenizer, call: Call, reader: CaptionReader) -> list[str]:
+    """The caller's words as they are served: what the bridge hands to the LLM."""
     out = []
     for row in call.features:
         _, log_probs, lengths = task.hear([row])
-        out.append(normalise_spoken(pieces.decode(collapse(log_probs[0, : int(lengths[0])].argmax(-1))).strip()))
+        search = reader.new()
+        search.push(log_probs[0, : int(lengths[0])].numpy())
+        out.append(normalise_spoken(pieces.decode(search.tokens).strip()))
     return out
 
 
 @torch.no_grad()
-def evaluate(task: AlignmentTask, pieces: Tokenizer, tokenizer: TextTokenizer, calls: list[Call]) -> dict[str, float]:
+def evaluate(
+    task: AlignmentTask, pieces: Tokenizer, tokenizer: TextTokenizer, calls: list[Call], reader: CaptionReader
+) -> dict[str, float]:
     """Exact turns (teacher-forced, every token the most likely) by input: speech, bridge, true text."""
     task.eval()
     hits: dict[str, list[bool]] = {}
     for call in calls:
         texts = [turn.text for turn in call.turns if is_spoken(turn)]
-        bridge = lay_out(call.turns, call.features, tokenizer, captions_of(task, pieces, call))
+        bridge = lay_out(call.turns, call.features, tokenizer, captions_of(task, pieces, call, reader))
         forms = {
             "speech": (call, task.embed([call])[0]),
             "bridge": (bridge, task.llm.embed(torch.from_numpy(bridge.ids)[None])),
@@ -295,8 +301,10 @@ def run(stage: StageConfig, work_dir: Path, budget_s: float) -> dict[str, float]
     targets = [[pieces.encode(text).ids for text in texts] for texts in words]
     task = build(stage, work_dir, pieces, tokenizer)
     held = [call for call in data["held"] if call.features]
+    reader = CaptionReader.from_table({"ngram": NGRAM_FILE}, work_dir / "ship")
     print(
-        f"{stage.name}: {len(calls)} calls; before: {_short(evaluate(task, pieces, tokenizer, held[:40]))}", flush=True
+        f"{stage.name}: {len(calls)} calls; before: {_short(evaluate(task, pieces, tokenizer, held[:40], reader))}",
+        flush=True,
     )
     with only_trainable(stage, task.parts()):
         loop = StepLoop(task, LoopSettings.from_table(settings), folder, budget_s, is_llm_matrix)
@@ -314,7 +322,7 @@ def run(stage: StageConfig, work_dir: Path, budget_s: float) -> dict[str, float]
     with torch.no_grad():
         for name, parameter in task.named_parameters():
             parameter.copy_(loop.average.get(name, parameter))
-    scores = evaluate(task, pieces, tokenizer, held)
+    scores = evaluate(task, pieces, tokenizer, held, reader)
     print(f"{stage.name}: {_short(scores)}", flush=True)
     return {**scores, "steps": float(loop.steps)}
 
