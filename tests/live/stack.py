@@ -1,8 +1,12 @@
-"""The whole stack (parent, worker, engine, agent) for live tests: with the shipped weights, or with the fake engine."""
+"""The whole stack (parent, worker, engine, agent) inside a test's own loop, so that the test can kill its parts.
+
+With the fake engine behind the engine's socket unless told otherwise. For calls with the shipped weights see served.py.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -10,9 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from agent.app import Stack, StartError
+from agent.app import Stack
 from agent.config import load_config
 
+REPOSITORY = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
 _FAKE_ENGINE = str(Path(__file__).parent / "fake_engine.py")
 _FAKE_CHECKPOINT = """
 name = "fake"
@@ -38,21 +44,15 @@ class RunningStack:
 
 
 @contextlib.asynccontextmanager
-async def whole_stack(kind: str, folder: Path) -> AsyncIterator[RunningStack]:
-    """`kind`: "weights" (skipped while there are none) or "fake engine"."""
+async def whole_stack(folder: Path) -> AsyncIterator[RunningStack]:
+    """All processes, with the fake engine."""
+    checkpoint = folder / "fake"
+    checkpoint.mkdir()
+    (checkpoint / "checkpoint.toml").write_text(_FAKE_CHECKPOINT)
     overrides: dict[str, dict[str, object]] = {
-        "telephony": {"sip_port": 0}, "storage": {"folder": folder / "var"}, "agent": {},
+        "telephony": {"sip_port": 0}, "storage": {"folder": folder / "var"}, "agent": {"checkpoint": str(checkpoint)},
     }  # fmt: skip
-    command: tuple[str, ...] = ("-m", "minmo_runtime.server")
-    if kind == "fake engine":
-        checkpoint = folder / "fake"
-        checkpoint.mkdir()
-        (checkpoint / "checkpoint.toml").write_text(_FAKE_CHECKPOINT)
-        overrides["agent"] = {"checkpoint": str(checkpoint)}
-        command = (_FAKE_ENGINE,)
-    try:
-        stack = Stack(load_config(None, overrides), has_web=False, engine_command=command)
-    except StartError as error:
-        pytest.skip(str(error))
-    async with stack:
-        yield RunningStack(stack.sip_address, folder / "var" / "minmo.sqlite3")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(REPOSITORY))
+        async with Stack(load_config(None, overrides), has_web=False, engine_command=(_FAKE_ENGINE,)) as stack:
+            yield RunningStack(stack.sip_address, folder / "var" / "minmo.sqlite3")

@@ -3,107 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import socket
-import subprocess
-from collections.abc import Iterator
-from pathlib import Path
+import time
 
 import numpy as np
 import pytest
 
 pytest.importorskip("pjsua2")
 
-from tests.live.sip_agent import (  # noqa: E402
-    RATE,
-    loud_seconds,
-    read_wav,
-    similarity,
-    tone_agent,
-    until,
-    warble,
-    write_wav,
-)
+from agent.demo_script import STATUS_WORDS  # noqa: E402
+from tests.live.baresip import baresip, silence  # noqa: E402
+from tests.live.served import Served, ask, tools_of, wait_for, what_was  # noqa: E402
+from tests.live.sip_agent import RATE, loud_seconds, similarity, tone_agent, until, warble  # noqa: E402
+from tests.live.speech import recognised, seconds_found, word_error_of  # noqa: E402
 from tests.live.stack import whole_stack  # noqa: E402
 
 pytestmark = [pytest.mark.live, pytest.mark.peers("baresip")]
-
-MODULES = "/usr/lib/baresip/modules"
-CONFIG = """
-poll_method epoll
-sip_listen 127.0.0.1:{port}
-net_interface 127.0.0.1
-call_local_timeout 120
-call_max_calls 4
-audio_source aufile,{source}
-audio_player aufile,{folder}/unused.wav
-snd_path {folder}
-rtp_timeout 0
-jitter_buffer_delay 1-3
-rtp_ports 20000-40000
-module_path {modules}
-module stdio.so
-module g711.so
-module aufile.so
-module sndfile.so
-module_tmp uuid.so
-module_tmp account.so
-module_app menu.so
-"""
-ACCOUNT = "<sip:baresip@127.0.0.1:{port}>;regint=0;answermode={answer}\n"
-
-
-class Baresip:
-    """One baresip process; keys go to its stdin."""
-
-    def __init__(self, folder: Path, source: np.ndarray, dial: str = "", answer: str = "auto") -> None:
-        folder.mkdir(exist_ok=True)
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        write_wav(folder / "source.wav", source)
-        (folder / "accounts").write_text(ACCOUNT.format(port=self.port, answer=answer))
-        (folder / "contacts").write_text("")
-        (folder / "config").write_text(
-            CONFIG.format(port=self.port, source=folder / "source.wav", folder=folder, modules=MODULES)
-        )
-        command = ["baresip", "-4", "-f", str(folder), "-t", "30"] + (["-e", f"/dial {dial}"] if dial else [])
-        self.folder = folder
-        self.log = (folder / "log").open("wb")
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=self.log, stderr=self.log)
-
-    def press(self, keys: str) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(keys.encode())
-        self.process.stdin.flush()
-
-    def text(self) -> str:
-        return (self.folder / "log").read_text(errors="replace")
-
-    def heard(self) -> np.ndarray:
-        """What baresip decoded from us."""
-        (path,) = self.folder.glob("dump-*-dec.wav")
-        return read_wav(path)
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.log.close()
-
-
-@contextlib.contextmanager
-def baresip(*arguments, **named) -> Iterator[Baresip]:
-    peer = Baresip(*arguments, **named)
-    try:
-        yield peer
-    finally:
-        peer.stop()
-
-
-def silence(seconds: float) -> np.ndarray:
-    return np.zeros(int(seconds * RATE), "<i2")
 
 
 async def test_speech_crosses_both_ways_and_baresip_hangs_up(tmp_path):
@@ -168,9 +82,8 @@ async def test_blind_transfer_is_carried_out_and_its_outcome_reported(tmp_path):
                 assert target.calls[0].incoming.did == "200"
 
 
-@pytest.mark.parametrize("kind", ["fake engine", "weights"])
-async def test_whole_stack_greets_baresip_and_keeps_a_row_of_the_call(kind, tmp_path):
-    async with whole_stack(kind, tmp_path) as stack:
+async def test_whole_stack_greets_baresip_and_keeps_a_row_of_the_call(tmp_path):
+    async with whole_stack(tmp_path) as stack:
         with baresip(tmp_path / "b", silence(60), dial=f"sip:100@{stack.address}") as peer:
             await until(lambda: any(row["state"] != "closed" for row in stack.call_rows()))
             await asyncio.sleep(4)
@@ -182,3 +95,36 @@ async def test_whole_stack_greets_baresip_and_keeps_a_row_of_the_call(kind, tmp_
         (row,) = stack.call_rows()
         assert (row["did"], row["ani"], row["ended_by"]) == ("100", "baresip", "caller")
         assert row["codec"] in ("PCMU/8000", "PCMA/8000")
+
+
+def test_baresip_asks_and_is_answered_with_speech_that_is_understood_on_both_sides(served: Served, tmp_path) -> None:
+    """With the shipped weights: words both ways, judged by what each side has kept of the other's sound."""
+    with baresip(tmp_path / "b", silence(170), f"sip:100@{served.address}", user="ada", quits_after_s=170) as peer:
+        wait_for(lambda: served.has_said("ada", "how can i help you"), 60, "no greeting")
+        ask(served, peer, "ada", "hours_day", "on saturday we are open")
+        peer.press("b")
+        call = served.closed_call_of("ada")
+        peer.press("q")
+        wait_for(lambda: peer.process.poll() is not None, 10, "baresip has not ended")
+        heard = peer.heard()
+    assert "on saturday are you open" in what_was(call, "caller")
+    assert tools_of(call, "opening_hours")[-1]["arguments"] == {"day": "saturday"}
+    # Sound: each second that the recording says was played is what baresip decoded. Words: most of them.
+    assert min(seconds_found(served.recording_of(call["call_id"]).samples()[:, 1], heard)) > 0.8
+    assert loud_seconds(heard) > 5
+    assert word_error_of(what_was(call, "agent"), recognised(served.engine_socket, heard)) <= 0.6
+
+
+def test_a_number_typed_in_baresip_is_looked_up_and_answered(served: Served, tmp_path) -> None:
+    with baresip(tmp_path / "b", silence(170), f"sip:100@{served.address}", user="kay", quits_after_s=170) as peer:
+        wait_for(lambda: served.has_said("kay", "how can i help you"), 60, "no greeting")
+        for key in served.order.order_number:
+            peer.press(key)
+            time.sleep(0.4)
+        wait_for(lambda: served.has_said("kay", STATUS_WORDS[served.order.status][0]), 60, "no answer")
+        peer.press("b")
+        call = served.closed_call_of("kay")
+    (tool,) = tools_of(call, "look_up_order")
+    assert tool["arguments"] == {"order_number": served.order.order_number}
+    assert [turn["source"] for turn in call["turns"] if turn["role"] == "caller"] == ["keypad"]
+    assert served.order.day in what_was(call, "agent")
