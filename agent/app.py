@@ -24,12 +24,12 @@ from types import TracebackType
 from typing import Any
 
 from agent import rendering
-from agent.agent_process import checkpoint_facts
+from agent.checkpoint import checkpoint_facts, checkpoint_folder
 from agent.config import Config
 from agent.engine_link import EngineLink
 from agent.processes import Child, ChildFailed, ChildSpec
 from agent.prompts.lines import LineBook
-from agent.run_folder import ENGINE_SOCKET, MEDIA_SOCKET, checkpoint_folder, make_run_folder, write_settings
+from agent.run_folder import ENGINE_SOCKET, MEDIA_SOCKET, make_run_folder, write_settings
 from policies.engine import PolicyEngine
 
 log = logging.getLogger(__name__)
@@ -192,21 +192,21 @@ class Stack:
 
     async def drain(self) -> None:
         """No new calls; returns when the last one has ended, or its time is over."""
-        worker = self.children.get("worker")
-        if worker is not None and worker.process is not None:
-            worker.is_stopping = True
-            worker.signal(signal.SIGTERM)
-            await worker.process.wait()
+        for name in ("agent", "worker"):  # in this order nobody sees a neighbour vanish
+            if name in self.children:
+                child = self.children[name]
+                child.is_stopping = True
+                child.signal(signal.SIGTERM)
+                await child.ended()
 
     async def stop(self) -> None:
-        """Worker first (BYE to whoever is left), then the rest. Nothing of ours is left behind."""
-        worker = self.children.get("worker")
-        if worker is not None:
-            worker.is_stopping = True
-            worker.signal(signal.SIGTERM)  # the second one, sent by `stop`, ends calls at once
-            await asyncio.sleep(0.05)
-            await worker.stop()
-        await asyncio.gather(*(child.stop() for name, child in self.children.items() if name != "worker"))
+        """Agent first (it says goodbye and closes the rows), then the worker (BYE to whoever is left), then the rest:
+        nobody sees a neighbour vanish. Nothing of ours is left behind.
+        """
+        for child in self.children.values():
+            child.is_stopping = True
+        for names in (("agent",), ("worker",), ("engine", "web")):
+            await asyncio.gather(*(self.children[name].stop() for name in names if name in self.children))
         for keeper in self._keepers:
             keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from agent.checkpoint import checkpoint_folder
 from agent.config import Config
-from agent.run_folder import checkpoint_folder
 
 PARTS = ("model", "media")
 

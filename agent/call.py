@@ -189,11 +189,13 @@ class Call:
         self._floor(floor.Answered(), now)
 
     def _on_resumed(self, event: own.Resumed, now: float) -> None:
-        """The agent process died under this call; the worker kept it. The notice was heard before."""
+        """The agent process died under this call; the worker kept it."""
         self._is_confirmed = True
         self._earlier = event.history
         self._open_stream(())
         self._floor(floor.Answered(), now)
+        if not event.is_notice_heard:
+            self._floor(floor.LineWanted(self.setup.policy.disclose(self.setup.facts).line, is_protected=True), now)
         self._floor(floor.LineWanted("apology"), now)
 
     def take_over(self, turn_ids: list[str], played_items: Mapping[str, int]) -> None:

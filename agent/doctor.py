@@ -17,10 +17,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from agent.agent_process import checkpoint_facts
+from agent.checkpoint import checkpoint_facts, checkpoint_folder
 from agent.config import Config
 from agent.prompts.lines import LineBook
-from agent.run_folder import checkpoint_folder
 from policies.engine import PolicyEngine
 from policies.facts import CheckpointFacts
 

@@ -38,6 +38,10 @@ class EngineLink:
                     await asyncio.sleep(RETRY_S)
             return self._client
 
+    @property
+    def is_connected(self) -> bool:
+        return self._client is not None and not self._client.is_lost
+
     async def close(self) -> None:
         if self._client is not None:
             await self._client.close()

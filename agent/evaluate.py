@@ -25,17 +25,16 @@ from typing import Any
 import numpy as np
 
 from agent import rendering
-from agent.agent_process import checkpoint_facts
 from agent.app import Stack
 from agent.call_setup import CallSetup
 from agent.caller import run_caller
 from agent.caller_script import BargeIn, CallerScript, Hangup, Say, Step, Wait, WaitForAgent
+from agent.checkpoint import SHIPPED_CHECKPOINT, checkpoint_facts
 from agent.config import Config, load_config
 from agent.demo_script import answer_words
 from agent.lab import LabCall, hear
 from agent.prompts.lines import LineBook
 from agent.recognise import plain_words, word_errors
-from agent.run_folder import SHIPPED_CHECKPOINT
 from agent.tools.shop import Shop
 from minmo_runtime.config import RuntimeConfig
 from minmo_runtime.engine import Engine, load_engine

@@ -25,6 +25,7 @@ class Resumed:
     """The leg outlived an agent process: go on with what the record says."""
 
     history: tuple[tuple[str, str], ...]
+    is_notice_heard: bool = True
 
 
 @dataclass(frozen=True)

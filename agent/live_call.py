@@ -36,6 +36,7 @@ from telephony import leg as tel
 
 log = logging.getLogger(__name__)
 TICK_S = 0.05
+START = Start()
 MAX_INBOX = 2_000  # about 20 s of frames; a loop that is so far behind drops nothing, its producers wait
 ALIVE_AFTER_END_S = 5.0  # for the last writes
 
@@ -59,13 +60,13 @@ class LiveCall:
         self._group: asyncio.TaskGroup | None = None
         self._name = f"call-{call.call_id}"
 
-    async def run(self, history: tuple[tuple[str, str], ...] | None = None) -> None:
-        """`history`: the call was up already, and this is what was said in it."""
+    async def run(self, first: Start | Resumed = START) -> None:
+        """`first`: a new call, or one that was up already."""
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.TaskGroup() as self._group:
                 helpers = [self._spawn("leg", self._read_leg()), self._spawn("clock", self._tick())]
-                await self._inbox.put(Start() if history is None else Resumed(history))
+                await self._inbox.put(first)
                 is_over = False
                 while not is_over:
                     event = await self._inbox.get()

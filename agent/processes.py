@@ -22,6 +22,7 @@ FIRST_RESTART_S = 0.1
 LAST_RESTART_S = 5.0
 STABLE_AFTER_S = 20.0  # a child that lived so long starts anew without waiting
 KILL_AFTER_S = 5.0
+_SIGTERM_EVERY_S = 0.25
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,14 @@ class Child:
         return self.process.pid if self.process is not None else 0
 
     async def keep_running(self, *, max_failed_starts: int = 3) -> None:
-        """Until `stop`. A child that never became ready so many times in a row raises ChildFailed."""
+        """Until it shall stop. A child that never became ready so many times in a row raises ChildFailed."""
+        try:
+            await self._keep_running(max_failed_starts)
+        finally:
+            if self.process is not None and self.process.returncode is None:
+                self.process.kill()  # cancelled while it was being started: `stop` could not see it
+
+    async def _keep_running(self, max_failed_starts: int) -> None:
         loop = asyncio.get_running_loop()
         delay, num_failed = FIRST_RESTART_S, 0
         while not self.is_stopping:
@@ -72,19 +80,26 @@ class Child:
             await asyncio.sleep(delay)
 
     async def stop(self, *, kill_after_s: float = KILL_AFTER_S) -> None:
+        """SIGTERM until it is gone: the first one drains, any further one ends it at once; then SIGKILL."""
         self.is_stopping = True
         process = self.process
         if process is None or process.returncode is not None:
             return
-        self.signal(signal.SIGTERM)
-        try:
-            async with asyncio.timeout(kill_after_s):
-                await process.wait()
-        except TimeoutError:
+        ended = asyncio.ensure_future(process.wait())
+        deadline = asyncio.get_running_loop().time() + kill_after_s
+        while not ended.done() and asyncio.get_running_loop().time() < deadline:
+            self.signal(signal.SIGTERM)
+            await asyncio.wait({ended}, timeout=_SIGTERM_EVERY_S)
+        if not ended.done():
             log.error("%s does not end, killed", self.spec.name)
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
-            await process.wait()
+            await ended
+
+    async def ended(self) -> None:
+        """Its process is gone (or never was)."""
+        if self.process is not None:
+            await self.process.wait()
 
     def signal(self, number: int) -> None:
         if self.process is not None and self.process.returncode is None:

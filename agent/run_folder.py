@@ -12,10 +12,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from agent.checkpoint import SHIPPED_CHECKPOINT as SHIPPED_CHECKPOINT
 from agent.config import DERIVED, Config, ConfigError, build_config
 
 ENGINE_SOCKET, MEDIA_SOCKET, SETTINGS_FILE = "engine.sock", "media.sock", "settings.json"
-SHIPPED_CHECKPOINT = Path(__file__).resolve().parent.parent / "minmo_runtime" / "checkpoints" / "nano"
 
 
 def make_run_folder(wanted: str) -> Path:
@@ -43,10 +43,6 @@ def write_settings(config: Config, folder: Path) -> Path:
 
 def read_settings(path: Path) -> Config:
     return build_config(json.loads(path.read_text(encoding="utf-8")))
-
-
-def checkpoint_folder(config: Config) -> Path:
-    return Path(config.agent.checkpoint) if config.agent.checkpoint else SHIPPED_CHECKPOINT
 
 
 def _sections(config: Config) -> list[str]:

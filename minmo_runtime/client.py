@@ -24,7 +24,7 @@ from minmo_runtime.api import (
     StreamOpened,
 )
 from minmo_runtime.event_queues import EventQueues
-from minmo_runtime.wire import StreamEnded, StreamRefused, decode_event, pack, read_body
+from minmo_runtime.wire import ProtocolError, StreamEnded, StreamRefused, decode_event, pack, read_body
 
 # The writer's buffer may hold this much unsent audio before `send` waits: about 6 s of four calls.
 _MAX_UNSENT_BYTES = 1 << 20
@@ -94,7 +94,7 @@ class RuntimeClient:
         try:
             while (body := await read_body(self._reader)) is not None:
                 self._receive(body)
-        except (ConnectionError, msgspec.ValidationError, msgspec.DecodeError) as error:
+        except (ConnectionError, ProtocolError, msgspec.ValidationError, msgspec.DecodeError) as error:
             reason = str(error)
         self._lose(reason)
 

@@ -19,7 +19,8 @@ from pathlib import Path
 import msgspec
 
 from minmo_runtime.api import CloseStream, OpenStream, Runtime, RuntimeOverloaded, StreamLost
-from minmo_runtime.wire import StreamEnded, StreamRefused, decode_request, pack, read_body
+from minmo_runtime.config import RuntimeConfig
+from minmo_runtime.wire import ProtocolError, StreamEnded, StreamRefused, decode_request, pack, read_body
 
 ENGINE_NICENESS = 5  # design §5: lower priority than media
 _PARENT_CHECK_S = 1.0
@@ -61,7 +62,7 @@ class RuntimeServer:
         finally:
             self._connections.discard(task)
             writer.close()
-            with contextlib.suppress(ConnectionError):
+            with contextlib.suppress(ConnectionError, asyncio.CancelledError):
                 await writer.wait_closed()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -80,7 +81,9 @@ class RuntimeServer:
                 if isinstance(request, OpenStream):
                     forwards = {key: task for key, task in forwards.items() if not task.done()}
                     forwards[call_id] = asyncio.create_task(self._forward(call_id, writer), name=f"forward-{call_id}")
-        except (ConnectionError, msgspec.ValidationError, msgspec.DecodeError) as error:
+        except ConnectionError:
+            pass  # the agent is gone, in whatever way; whoever watches it knows
+        except (ProtocolError, msgspec.ValidationError, msgspec.DecodeError) as error:
             print(f"engine: connection dropped: {error}", file=sys.stderr)
         finally:
             for call_id, task in forwards.items():
@@ -116,14 +119,9 @@ async def serve_until_stopped(runtime: Runtime, socket_path: Path) -> None:
 
 
 async def _run(arguments: argparse.Namespace) -> None:
-    # Imported here: the fake and the client must not pay for torch.
-    from minmo_runtime.config import RuntimeConfig
-    from minmo_runtime.engine import EngineRuntime, load_engine
+    from minmo_runtime.engine import EngineRuntime, load_engine  # here: the fake and the client must not pay for torch
 
-    settings = json.loads(arguments.config)
-    if arguments.max_streams is not None:
-        settings["max_streams"] = arguments.max_streams
-    engine = load_engine(Path(arguments.checkpoint), RuntimeConfig(**settings))
+    engine = load_engine(Path(arguments.checkpoint), arguments.config)
     runtime = EngineRuntime(engine)
     async with runtime:
         # A defect of the engine itself ends the process: the parent starts a clean one, calls go on from their journal.
@@ -139,14 +137,25 @@ async def _run(arguments: argparse.Namespace) -> None:
             task.result()
 
 
-def main() -> None:
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    """The command line; `config` is a RuntimeConfig, whole: what is not given has its default."""
     parser = argparse.ArgumentParser(description="MinMo engine process")
     parser.add_argument("--socket", required=True, help="Unix socket to serve at")
     parser.add_argument("--checkpoint", required=True, help="checkpoint folder (checkpoint.toml and weights)")
-    parser.add_argument("--config", default="{}", help="RuntimeConfig as a JSON object")
-    parser.add_argument("--max-streams", type=int, default=None, help="overrides the config's")
+    parser.add_argument("--config", type=_config, default="{}", help="RuntimeConfig as a JSON object")
     parser.add_argument("--niceness", type=int, default=ENGINE_NICENESS)
-    arguments = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def _config(text: str) -> RuntimeConfig:
+    try:
+        return RuntimeConfig(**json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def main() -> None:
+    arguments = parse()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with contextlib.suppress(PermissionError):
         os.nice(arguments.niceness)

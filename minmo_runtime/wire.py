@@ -17,6 +17,10 @@ MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 _LENGTH_BYTES = 4
 
 
+class ProtocolError(ValueError):
+    """The peer does not speak this protocol."""
+
+
 class StreamRefused(Message, frozen=True):
     """Answer to OpenStream without room: the client raises RuntimeOverloaded(reason)."""
 
@@ -40,7 +44,10 @@ def pack(message: Message) -> bytes:
 
 
 async def read_body(reader: asyncio.StreamReader) -> bytes | None:
-    """The next message's bytes; None when the peer has closed between messages. Raises ConnectionError inside one."""
+    """The next message's bytes; None when the peer has closed between messages, ConnectionError when inside one.
+
+    ProtocolError for a length that no message has.
+    """
     try:
         head = await reader.readexactly(_LENGTH_BYTES)
     except asyncio.IncompleteReadError as error:
@@ -49,7 +56,7 @@ async def read_body(reader: asyncio.StreamReader) -> bytes | None:
         return None
     length = int.from_bytes(head, "big")
     if length > MAX_MESSAGE_BYTES:
-        raise ConnectionError(f"message of {length} bytes, at most {MAX_MESSAGE_BYTES} are allowed")
+        raise ProtocolError(f"message of {length} bytes, at most {MAX_MESSAGE_BYTES} are allowed")
     try:
         return await reader.readexactly(length)
     except asyncio.IncompleteReadError as error:

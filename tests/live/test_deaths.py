@@ -87,11 +87,48 @@ async def test_worker_death_drops_its_calls_closes_their_rows_and_is_back_within
     assert call["back_s"] <= 3.0 and report.answered
 
 
-async def test_stop_leaves_no_process_behind(stack: Stack) -> None:
+async def test_stop_leaves_no_process_behind_and_nobody_complains(
+    stack: Stack, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     pids = [child.pid for child in stack.children.values()]
     await stack.stop()
     assert not [pid for pid in pids if is_alive(pid)]
     assert not stack.run_folder.exists()
+    assert capfd.readouterr() == ("", "") and not caplog.records
+
+
+async def test_stop_in_the_middle_of_a_call_says_bye_and_closes_its_row(
+    stack: Stack, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    script = CallerScript((Wait(20_000), Hangup()))
+    calling = asyncio.create_task(run_caller(f"sip:100@{stack.sip_address}", script, max_duration_s=30.0))
+    reader = CallReader.open(stack.config.storage)
+    await until(lambda: reader.num_open_calls() == 1, 15.0)
+    await asyncio.sleep(1.5)
+    await stack.stop()
+    report = await calling
+    assert report.answered and report.ended_by == "agent" and report.duration_ms < 15_000
+    call = reader.list_calls(limit=1)[0]
+    reader.close()
+    assert (call["state"], call["cause"]) == ("closed", "shutdown")
+    assert capfd.readouterr() == ("", "") and not caplog.records
+
+
+async def test_drain_waits_for_the_last_call_and_nobody_complains(
+    stack: Stack, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    script = CallerScript((Wait(5_000), Hangup()))
+    calling = asyncio.create_task(run_caller(f"sip:100@{stack.sip_address}", script, max_duration_s=30.0))
+    reader = CallReader.open(stack.config.storage)
+    await until(lambda: reader.num_open_calls() == 1, 15.0)
+    await asyncio.sleep(0.5)
+    await asyncio.wait_for(stack.drain(), 20.0)
+    report = await calling
+    assert report.ended_by == "us" and report.duration_ms >= 5_000
+    assert reader.list_calls(limit=1)[0]["cause"] == "normal"
+    reader.close()
+    await stack.stop()
+    assert capfd.readouterr() == ("", "") and not caplog.records
 
 
 async def test_children_of_a_killed_parent_end_by_themselves_within_five_seconds(tmp_path: Path) -> None:

@@ -11,11 +11,21 @@ from pathlib import Path
 
 import pytest
 
-from minmo_runtime.api import AudioDelta, CloseStream, OpenStream, ReplyFinished, Say, StreamLost, StreamOpened
+from minmo_runtime.api import (
+    AudioDelta,
+    CloseStream,
+    OpenStream,
+    PushAudio,
+    ReplyFinished,
+    Say,
+    StreamLost,
+    StreamOpened,
+)
 from minmo_runtime.client import RuntimeClient
 from minmo_runtime.fake import FakeRuntime
 from minmo_runtime.random_checkpoint import write_random_checkpoint
 from minmo_runtime.server import RuntimeServer
+from minmo_runtime.wire import pack
 
 
 @pytest.mark.slow
@@ -69,6 +79,40 @@ async def test_a_broken_peer_is_dropped_and_others_go_on(tmp_path: Path) -> None
     await good.send(Say(call_id="good", turn_id="t", text="still here"))
     await good.close()
     await server.stop()
+
+
+async def test_an_agent_that_goes_away_in_the_middle_of_a_reply_is_no_error(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    server = RuntimeServer(FakeRuntime(), tmp_path / "s.sock")
+    await server.start()
+    for is_polite in (True, False):
+        reader, writer = await asyncio.open_unix_connection(str(tmp_path / "s.sock"), limit=64)
+        writer.write(pack(OpenStream(call_id="a", system_prompt="")))
+        await reader.readexactly(4)
+        writer.write(pack(Say(call_id="a", turn_id="t", text="many words " * 50)))
+        for block in range(40):  # the fake's clock
+            writer.write(pack(PushAudio(call_id="a", pcm=bytes(3200), start_sample=1600 * block, voiced=False)))
+        await writer.drain()
+        if is_polite:
+            await asyncio.sleep(0.05)
+            writer.close()
+        else:
+            writer.transport.abort()  # as when it is killed: what it has not read is thrown away
+        await asyncio.sleep(0.2)
+    await server.stop()
+    assert capfd.readouterr() == ("", "") and not caplog.records
+
+
+async def test_a_peer_that_speaks_another_protocol_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    server = RuntimeServer(FakeRuntime(), tmp_path / "s.sock")
+    await server.start()
+    reader, writer = await asyncio.open_unix_connection(str(tmp_path / "s.sock"))
+    writer.write(b"GET / HTTP/1.1\r\n\r\n")
+    assert await asyncio.wait_for(reader.read(), 5) == b""
+    writer.close()
+    await server.stop()
+    assert "engine: connection dropped: message of " in capfd.readouterr().err
 
 
 async def test_a_closed_connection_takes_its_streams_with_it(tmp_path: Path) -> None:

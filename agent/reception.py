@@ -1,0 +1,229 @@
+"""What becomes of a leg: refused, a new call, or a call that outlived an earlier agent. One per agent process.
+
+The leg's first event decides: admission and campaign come from policies, the record is opened in storage before
+anything is answered, then agent/live_call.py owns the leg to its end. Knows no process and no signal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Any
+
+from agent.call import Call
+from agent.call_setup import CallSetup
+from agent.config import Config
+from agent.engine_link import EngineLink
+from agent.events import Resumed, Start
+from agent.live_call import START, LiveCall, utc_now
+from agent.prompts.lines import LineBook
+from agent.tools.shop import Shop
+from policies.campaign import Campaign
+from policies.engine import PolicyEngine
+from policies.facts import CallFacts
+from storage.calls import CallStore, StorageFull
+from storage.entries import TurnAppended, TurnUpdated
+from storage.recordings import CallRecorder
+from storage.replay import Orphan
+from telephony import leg as tel
+from telephony.client import WorkerLeg
+
+log = logging.getLogger(__name__)
+
+
+class Reception:
+    """Takes legs; holds the calls that run."""
+
+    def __init__(
+        self, config: Config, store: CallStore, writer: Executor, engines: EngineLink, policy: PolicyEngine,
+        book: LineBook, rendered: tuple[dict[str, bytes], int],
+    ) -> None:  # fmt: skip
+        """`writer` runs the store's writing methods in order; `rendered`: fixed sentences as audio, and its rate."""
+        self.config, self.store, self.writer, self.engines = config, store, writer, engines
+        self.policy, self.book = policy, book
+        self.rendered, self.rendered_rate_hz = rendered
+        self.calls: dict[str, LiveCall] = {}
+        self.no_calls = asyncio.Event()
+        self.no_calls.set()
+        self.is_closing = False  # no new calls
+
+    async def guard(self, leg: WorkerLeg) -> None:
+        """A failed call never takes down another."""
+        try:
+            await self.take(leg)
+        except Exception:
+            log.exception("leg %s failed", leg.leg_id)
+            with contextlib.suppress(tel.LegError):
+                await leg.send(tel.Hangup(leg_id=leg.leg_id, cause="agent_error"))
+            await self._close_failed(call_id_of(leg.leg_id), "agent_error")
+
+    async def take(self, leg: WorkerLeg) -> None:
+        """Lasts as long as the call."""
+        call_id = call_id_of(leg.leg_id)
+        orphans = {orphan.call_id: orphan for orphan in self.store.orphans()} if leg.is_resumed else {}
+        if call_id in orphans:
+            await self._resume(leg, orphans[call_id])
+            return
+        if leg.is_resumed or (incoming := await _first_invite(leg)) is None:
+            return  # over before we looked, or nothing is known of it
+        facts = CallFacts(call_id=call_id, did=incoming.did, ani=incoming.ani, started_at=utc_now())
+        admission = self.policy.admit(facts, len(self.calls), self.config.telephony.max_calls)
+        campaign = self.policy.campaign_for(incoming.did)
+        if self.is_closing:
+            await self._refuse(leg, 503, self.config.policies.retry_after_s, "this agent is closing")
+        elif not admission.is_admitted or campaign is None:
+            await self._refuse(leg, admission.sip_status, admission.retry_after_s, "; ".join(admission.reasons))
+        else:
+            await self._begin(leg, incoming, facts, campaign)
+
+    async def close_what_is_left(self) -> None:
+        """Calls whose end was not waited for: the line is cut, their rows say so."""
+        for call_id in list(self.calls):
+            log.warning("call %s did not end in time", call_id)
+            await self._close_failed(call_id, "shutdown")
+
+    # ---------------------------------------------------------------------- new calls
+
+    async def _refuse(self, leg: WorkerLeg, sip_status: int, retry_after_s: int, reason: str) -> None:
+        log.warning("leg %s is refused with %d: %s", leg.leg_id, sip_status, reason)
+        await leg.send(tel.Reject(leg_id=leg.leg_id, sip_status=sip_status, retry_after_s=retry_after_s))
+
+    async def _begin(self, leg: WorkerLeg, incoming: tel.LegIncoming, facts: CallFacts, campaign: Campaign) -> None:
+        try:
+            await self._write(lambda: self._open(leg, incoming, facts, campaign))
+        except StorageFull as error:
+            await self._refuse(leg, 503, self.config.policies.retry_after_s, str(error))
+            return
+        await self._run(self._live_call(leg, facts, campaign))
+
+    def _open(self, leg: WorkerLeg, incoming: tel.LegIncoming, facts: CallFacts, campaign: Campaign) -> None:
+        style = self.policy.style(facts)
+        self.store.open_call(
+            facts.call_id,
+            did=incoming.did,
+            ani=incoming.ani,
+            display_name=incoming.display_name[:200],
+            direction=leg.direction,
+            campaign=campaign.name,
+            source_address=incoming.source_address,
+            sample_rate_hz=leg.sample_rate_hz,
+            now=facts.started_at,
+        )
+        recording = self.policy.recording(facts).mode
+        _record(leg, self.store.start_recording(facts.call_id, policy=recording, now=facts.started_at))
+        decided = {name: list(v) if isinstance(v, tuple) else v for name, v in _fields(style).items()}
+        self.store.update_call(facts.call_id, style=decided, language=style.language, now=facts.started_at)
+
+    def _live_call(self, leg: WorkerLeg, facts: CallFacts, campaign: Campaign) -> LiveCall:
+        handoff = campaign.handoff_uri or self.config.handoff.uri
+        setup = CallSetup(
+            call_id=facts.call_id,
+            leg_id=leg.leg_id,
+            sample_rate_hz=leg.sample_rate_hz,
+            facts=facts,
+            policy=self.policy,
+            lines=self.book.for_call(campaign.lines),
+            order_digits=campaign.order_digits,
+            tools=campaign.tools,
+            turn_taking=self.config.turn_taking,
+            digit_timeout_s=self.config.agent.digit_timeout_s,
+            rendered=self.rendered,
+            rendered_rate_hz=self.rendered_rate_hz,
+        )
+        shop = Shop(self.store, facts.call_id, campaign.name, can_transfer=bool(handoff))
+        return LiveCall(Call(setup), leg, self.engines, self.store, self.writer, shop)
+
+    async def _run(self, live: LiveCall, first: Start | Resumed = START) -> None:
+        """A call that is cancelled stays in `calls`, for `close_what_is_left`."""
+        call_id = live.call.call_id
+        self.calls[call_id] = live
+        self.no_calls.clear()
+        try:
+            await live.run(first)
+        except Exception:
+            self._forget(call_id)
+            raise
+        self._forget(call_id)
+
+    def _forget(self, call_id: str) -> None:
+        del self.calls[call_id]
+        if not self.calls:
+            self.no_calls.set()
+
+    # ------------------------------------------------- calls that outlived an agent
+
+    async def _resume(self, leg: WorkerLeg, orphan: Orphan) -> None:
+        """Its record goes on, and so do its recording and the conversation."""
+        row = self.store.reader.get_call(orphan.call_id)
+        campaign = self.policy.campaign_for(row["did"])
+        if campaign is None:
+            await leg.send(tel.Hangup(leg_id=leg.leg_id, cause="campaign_gone"))
+            return
+        facts = CallFacts(call_id=orphan.call_id, did=row["did"], ani=row["ani"], started_at=row["started_at"])
+        live = self._live_call(leg, facts, campaign)
+        self.calls[orphan.call_id] = live  # now: the orphans are closed a moment from here
+        self.no_calls.clear()
+        await self._write(lambda: self._adopt(leg, orphan.call_id))
+        live.call.take_over(orphan.turn_ids, leg.played_before)
+        await leg.send(tel.Flush(leg_id=leg.leg_id))  # the worker's apology, if it still plays
+        is_notice_heard = row["notice_end_sample"] is not None
+        await self._run(live, Resumed(history_of(orphan), is_notice_heard))
+
+    def _adopt(self, leg: WorkerLeg, call_id: str) -> None:
+        self.store.adopt_call(call_id)
+        _record(leg, self.store.resume_recording(call_id, now=utc_now()))
+
+    # ------------------------------------------------------------------------ writing
+
+    async def _close_failed(self, call_id: str, cause: str) -> None:
+        now = utc_now()
+        await self._write(
+            lambda: self.store.close_call(call_id, disposition="failed", cause=cause, ended_by="agent", now=now)
+        )
+
+    async def _write(self, write: Callable[[], Any]) -> None:
+        await asyncio.get_running_loop().run_in_executor(self.writer, write)
+
+
+def call_id_of(leg_id: str) -> str:
+    """The same for every agent that handles the leg; also a file name."""
+    return "c-" + re.sub(r"[^A-Za-z0-9_-]", "-", leg_id)[:60]
+
+
+def history_of(orphan: Orphan) -> tuple[tuple[str, str], ...]:
+    """What had been said when the last agent died, as far as it was acknowledged: (role, text) in the runtime's
+    words.
+    """
+    roles = {"caller": "user", "agent": "assistant"}
+    rows: dict[str, tuple[str, str]] = {}
+    for entry in orphan.entries:
+        if isinstance(entry, TurnAppended) and entry.role in roles and not entry.fields.get("intent"):
+            rows[entry.turn_id] = (roles[entry.role], entry.fields.get("heard_text") or "")
+        elif isinstance(entry, TurnUpdated) and entry.turn_id in rows and "heard_text" in entry.fields:
+            rows[entry.turn_id] = (rows[entry.turn_id][0], entry.fields["heard_text"])
+    return tuple(row for row in rows.values() if row[1])
+
+
+def _record(leg: WorkerLeg, recorder: CallRecorder) -> None:
+    def tap(start_sample: int, caller_pcm: bytes, agent_pcm: bytes) -> None:
+        recorder.push("caller", start_sample, caller_pcm)
+        recorder.push("agent", start_sample, agent_pcm)
+
+    leg.set_tap(tap)
+
+
+def _fields(style: object) -> dict[str, object]:
+    return {name: getattr(style, name) for name in style.__struct_fields__}  # type: ignore[attr-defined]
+
+
+async def _first_invite(leg: WorkerLeg) -> tel.LegIncoming | None:
+    async for event in leg.events():
+        if isinstance(event, tel.LegIncoming):
+            return event
+        if isinstance(event, tel.LegDisconnected):
+            return None
+    return None
