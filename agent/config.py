@@ -149,6 +149,8 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{name} = {value!r}: must be a list of {item_hint.__name__}")
         return tuple(_convert(name, item, item_hint) for item in value)
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):  # a table in a list: its island checks it
+        return dict(value)
     if isinstance(hint, types.UnionType) or not isinstance(hint, type):
         raise TypeError(f"{name}: the loader knows bool, int, float, str, Path and tuple, not {hint}")
     if hint is Path and isinstance(value, (str, Path)):

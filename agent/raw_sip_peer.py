@@ -31,15 +31,15 @@ class RawPeer:
         self.media.bind(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
         self.tag, self.call_id = uuid.uuid4().hex[:8], uuid.uuid4().hex
+        self.request_uri, self.to_uri = f"sip:100@{target}", f"sip:100@{host}"
 
     def request(self, method: str, cseq: int = 1, to_tag: str = "", body: str = "", headers: str = "") -> None:
-        host, port = self.target
         transaction = "INVITE" if method == "CANCEL" else method  # RFC 3261 §9.1: a CANCEL has its INVITE's branch
         self._send(
-            f"{method} sip:100@{host}:{port} SIP/2.0\r\n"
+            f"{method} {self.request_uri} SIP/2.0\r\n"
             f"Via: SIP/2.0/UDP 127.0.0.1:{self.port};branch=z9hG4bK{self.call_id[:10]}{transaction}{cseq};rport\r\n"
             f'Max-Forwards: 70\r\nFrom: "Raw <b>" <sip:raw@127.0.0.1>;tag={self.tag}\r\n'
-            f"To: <sip:100@{host}>{';tag=' + to_tag if to_tag else ''}\r\nCall-ID: {self.call_id}\r\n"
+            f"To: <{self.to_uri}>{';tag=' + to_tag if to_tag else ''}\r\nCall-ID: {self.call_id}\r\n"
             f"CSeq: {cseq} {method}\r\nContact: <sip:raw@127.0.0.1:{self.port}>\r\n{headers}",
             body,
         )

@@ -27,7 +27,7 @@ import socket
 import time
 import uuid
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import msgspec
@@ -60,8 +60,10 @@ from telephony.wire import (
     Hello,
     LegOpened,
     PlaceCall,
+    SecurityEvent,
     SendDtmf,
     ToAgent,
+    TrunkChanged,
     decode_to_agent,
     encode,
     frame,
@@ -141,11 +143,11 @@ class WorkerLeg:
         if self.state is not LegState.DISCONNECTED:
             self._client.send(Hangup(leg_id=self.leg_id, cause=cause))
 
-    async def send_dtmf(self, digits: str) -> None:
-        """Keys out, as RFC 4733 events."""
+    async def send_dtmf(self, digits: str, method: str = "auto") -> None:
+        """Keys out; methods: see `wire.SendDtmf`."""
         if self.state is not LegState.CONFIRMED:
             raise LegError(f"SendDtmf is not possible in state {self.state}")
-        self._client.send(SendDtmf(leg_id=self.leg_id, digits=digits))
+        self._client.send(SendDtmf(leg_id=self.leg_id, digits=digits, method=method))
 
     # ------------------------------------------------------------- from worker
 
@@ -241,6 +243,8 @@ class WorkerClient:
         self._placing: dict[str, asyncio.Future[WorkerLeg]] = {}
         self._greeted: asyncio.Future[Hello] = asyncio.get_running_loop().create_future()
         self.lost = asyncio.Event()
+        self.trunks: dict[str, TrunkChanged] = {}  # the last that was heard of each
+        self.on_security_event: Callable[[SecurityEvent], None] | None = None
         self._alive_task: asyncio.Task[None] | None = None
 
     @classmethod
@@ -296,15 +300,18 @@ class WorkerClient:
             yield leg
 
     async def place_call(
-        self, uri: str, from_user: str = "", display_name: str = "", headers: dict[str, str] | None = None
-    ) -> WorkerLeg:
-        """Send an INVITE. The leg comes back at once, in CALLING; what becomes of it is in its events."""
+        self, uri: str = "", from_user: str = "", display_name: str = "", headers: dict[str, str] | None = None,
+        number: str = "", trunks: tuple[str, ...] = (),
+    ) -> WorkerLeg:  # fmt: skip
+        """Send an INVITE to `uri`, or to `number` by way of `trunks`. The leg comes back at once, in CALLING; what
+        becomes of it is in its events."""
         leg_id = uuid.uuid4().hex[:16]
         waiting: asyncio.Future[WorkerLeg] = asyncio.get_running_loop().create_future()
         self._placing[leg_id] = waiting
-        self.send(
-            PlaceCall(leg_id=leg_id, uri=uri, from_user=from_user, display_name=display_name, headers=headers or {})
-        )
+        self.send(PlaceCall(
+            leg_id=leg_id, uri=uri, number=number, trunks=trunks, from_user=from_user, display_name=display_name,
+            headers=headers or {},
+        ))  # fmt: skip
         try:
             return await waiting
         finally:
@@ -357,6 +364,11 @@ class WorkerClient:
                     self._greeted.set_result(message)
             case LegOpened():
                 self._open(message)
+            case TrunkChanged(trunk=trunk):
+                self.trunks[trunk] = message
+            case SecurityEvent():
+                if self.on_security_event is not None:
+                    self.on_security_event(message)
             case CommandRefused(leg_id=leg_id, command=command, reason=reason):
                 waiting = self._placing.get(leg_id)
                 if waiting is not None and not waiting.done():

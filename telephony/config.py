@@ -10,9 +10,12 @@ import ipaddress
 from dataclasses import dataclass, fields
 from typing import Any
 
+from telephony.trunk_config import TrunkConfig, trunks_of
+
 SECTION = "telephony"
 PTIMES_MS = (10, 20, 30, 40)
 CODECS = ("PCMU/8000", "PCMA/8000")
+WIDEBAND_CODECS = ("G722/16000", "opus/48000")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +42,8 @@ class TelephonyConfig:
     """Retry-After of our 503 (RFC 3261 §20.33)."""
 
     codecs: tuple[str, ...] = CODECS
-    """Codecs offered and accepted, best first; no common codec = 488."""
+    """Codecs offered and accepted, best first: PCMU/8000, PCMA/8000, G722/16000, opus/48000 (not in the wheel). A
+    wideband one makes every leg 16 kHz. No common codec = 488."""
 
     ptime_ms: int = 20
     """Length of one RTP packet."""
@@ -49,6 +53,21 @@ class TelephonyConfig:
 
     outbound_hosts: tuple[str, ...] = ("127.0.0.1", "localhost")
     """Hosts an outbound INVITE may go to: `host` or `host:port`. Everything else is refused before a packet leaves."""
+
+    transports: tuple[str, ...] = ("udp",)
+    """Transports SIP listens on, all at `sip_port`: udp, tcp."""
+
+    trunks: tuple[TrunkConfig, ...] = ()
+    """Carriers and PBXs, each a table [[telephony.trunks]]: name, hosts, transport, sources, registers,
+    register_expires_s, username, password_env, realm, domain, caller_id, did_from, is_identity_trusted, options_s,
+    failover_s. See docs/telephony.md."""
+
+    is_registrar: bool = True
+    """Does this worker REGISTER for the trunks that want it? Set by the pool: exactly one does."""
+
+    contact_address: str = ""
+    """host:port of the SIP proxy in front of the workers; stands in the Contact of REGISTER. Empty = the worker's
+    own."""
 
     user_agent: str = "MinMo"
     """User-Agent and Server header."""
@@ -64,6 +83,9 @@ class TelephonyConfig:
 
     refer_timeout_s: float = 30.0
     """No final NOTIFY after a REFER for so long counts as 408."""
+
+    health_after_s: float = 2.0
+    """So long after the answer the media's health is judged and written to the call record (one-way audio)."""
 
     rtp_timeout_s: float = 30.0
     """A confirmed call whose party sends no RTP for so long (and is not on hold) is ended, cause media_timeout; 0 =
@@ -129,7 +151,8 @@ class TelephonyConfig:
     """Unvoiced audio that makes an offset in the wire metrics (the last voiced sample is reported)."""
 
     def __post_init__(self) -> None:
-        for name in ("codecs", "allowed_sources", "outbound_hosts"):  # TOML gives lists
+        object.__setattr__(self, "trunks", trunks_of(self.trunks))
+        for name in ("codecs", "allowed_sources", "outbound_hosts", "transports"):  # TOML gives lists
             value = getattr(self, name)
             if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
                 raise refusal(name, value, "must be a list of strings")
@@ -145,13 +168,14 @@ class TelephonyConfig:
             if isinstance(default, tuple):
                 continue
             allowed = (int, float) if isinstance(default, float) else (type(default),)
-            if not isinstance(value, allowed) or isinstance(value, bool):
+            if not isinstance(value, allowed) or isinstance(value, bool) != isinstance(default, bool):
                 raise refusal(field.name, value, f"must be a {type(default).__name__}")
 
     def _check_ranges(self) -> None:
         ranges: dict[str, tuple[float, float]] = {
             "sip_port": (0, 65535), "rtp_port_first": (0, 65000), "max_calls": (1, 512), "retry_after_s": (0, 3600),
-            "answer_timeout_s": (0.1, 180), "no_answer_timeout_s": (1, 600), "refer_timeout_s": (0.1, 180),
+            "health_after_s": (0.5, 30), "answer_timeout_s": (0.1, 180),
+            "no_answer_timeout_s": (1, 600), "refer_timeout_s": (0.1, 180),
             "rtp_timeout_s": (0, 3600), "agent_lost_hold_s": (0, 120), "agent_stall_s": (0.5, 120),
             "drain_s": (0, 3600),
             "max_unplayed_s": (1, 120), "progress_ms": (10, 100), "duck_ramp_ms": (0, 200), "vad_mode": (0, 3),
@@ -173,8 +197,14 @@ class TelephonyConfig:
             )
 
     def _check_codecs(self) -> None:
-        if not self.codecs or any(codec not in CODECS for codec in self.codecs):
-            raise refusal("codecs", list(self.codecs), f"must be one or more of {', '.join(CODECS)}")
+        known = (*CODECS, *WIDEBAND_CODECS)
+        if not self.codecs or any(codec not in known for codec in self.codecs):
+            raise refusal("codecs", list(self.codecs), f"must be one or more of {', '.join(known)}")
+        if not self.transports or any(transport not in ("udp", "tcp") for transport in self.transports):
+            raise refusal("transports", list(self.transports), "must be one or more of udp, tcp")
+        for trunk in self.trunks:
+            if trunk.transport not in self.transports:
+                raise trunk.refusal("transport", "must be in telephony.transports")
 
     def _check_binding(self) -> None:
         """Closed by default: a public bind without an allow-list of sources does not start."""
@@ -187,17 +217,19 @@ class TelephonyConfig:
                 ipaddress.ip_network(source)
             except ValueError:
                 raise refusal("allowed_sources", source, "must be networks such as 192.0.2.0/24") from None
-        if not bind.is_loopback and not self.allowed_sources:
+        if not bind.is_loopback and not self.allowed_sources and not self.trunks:
             raise refusal(
-                "sip_bind", self.sip_bind, "must be a loopback address unless telephony.allowed_sources is set"
+                "sip_bind",
+                self.sip_bind,
+                "must be a loopback address unless telephony.allowed_sources or telephony.trunks is set",
             )
         if self.handoff_uri and not self.handoff_uri.startswith(("sip:", "sips:", "tel:")):
             raise refusal("handoff_uri", self.handoff_uri, "must start with sip:, sips: or tel:")
 
     @property
     def sample_rate_hz(self) -> int:
-        """The leg's rate; G.711 is 8 kHz."""
-        return 8000
+        """The leg's rate: G.711 is 8 kHz, and 16 kHz as soon as a wideband codec may be negotiated."""
+        return 16000 if any(codec in WIDEBAND_CODECS for codec in self.codecs) else 8000
 
     @property
     def samples_per_frame(self) -> int:

@@ -46,6 +46,9 @@ class LegIncoming(Message, frozen=True):
     source_address: str = ""  # "ip:port" the INVITE came from
     headers: dict[str, str] = {}
     sample_rate_hz: int = 8000
+    trunk: str = ""  # name of the configured trunk it came by; "" = a source that belongs to none
+    asserted_identity: str = ""  # P-Asserted-Identity of a trunk that is trusted (RFC 3325): no mere claim
+    is_withheld: bool = False  # the caller asked that the number be kept private (RFC 3323)
 
 
 class LegStateChanged(Message, frozen=True):
@@ -96,6 +99,30 @@ class ReferResult(Message, frozen=True):
     reason: str = ""
 
 
+class HoldChanged(Message, frozen=True):
+    """The party put us on hold or took us back (RFC 3264 §8.4), or we did; nothing we play is heard on hold."""
+
+    is_held: bool
+    by: str = "caller"  # caller | agent
+
+
+class MediaHealth(Message, frozen=True):
+    """Said once, about two seconds after the answer: does audio cross both ways?
+
+    verdict: ok | silent_in (packets, but nothing audible yet: no fault by itself) | one_way_in_missing (no packet came
+    from the party) | one_way_out_missing (the party's RTCP says that none of ours arrive) | held.
+    """
+
+    verdict: str
+    codec: str = ""
+    packets_in: int = 0
+    packets_out: int = 0
+    lost_in: int = 0
+    level_in: int = 0  # loudest seen, 0-255
+    promised_address: str = ""  # where the party's SDP said its audio would be
+    source_address: str = ""  # where it really came from
+
+
 class WireMetric(Message, frozen=True):
     """Timing measured from voiced energy in what crossed the socket, in samples of the leg clock.
 
@@ -119,6 +146,10 @@ class LegDisconnected(Message, frozen=True):
 
 class Answer(Message, frozen=True):
     """200 OK; valid in INCOMING or EARLY."""
+
+
+class Progress(Message, frozen=True):
+    """183 Session Progress with SDP (RFC 3261 §21.1.5): what is played is heard before the answer, as early media."""
 
 
 class Reject(Message, frozen=True):
@@ -168,6 +199,14 @@ class Hangup(Message, frozen=True):
     cause: str = "normal"
 
 
+class Hold(Message, frozen=True):
+    """Put the party on hold by re-INVITE (sendonly, RFC 3264 §8.4)."""
+
+
+class Unhold(Message, frozen=True):
+    """Take the party back (sendrecv)."""
+
+
 class Refer(Message, frozen=True):
     """Blind transfer (RFC 3515): `refer_to` goes out verbatim."""
 
@@ -182,10 +221,12 @@ LegEvent = (
     | PlayoutProgress
     | Flushed
     | ReferResult
+    | HoldChanged
+    | MediaHealth
     | WireMetric
     | LegDisconnected
 )
-LegCommand = Answer | Reject | Play | Flush | Duck | Pause | Resume | Hangup | Refer
+LegCommand = Answer | Progress | Reject | Play | Flush | Duck | Pause | Resume | Hangup | Hold | Unhold | Refer
 
 
 class LegError(Exception):

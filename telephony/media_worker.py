@@ -58,7 +58,7 @@ class EndpointLeg(Protocol):
 
     def carry_out(self, command: LegCommand, now_s: float) -> None: ...
 
-    def send_dtmf(self, digits: str) -> None: ...
+    def send_dtmf(self, digits: str, method: str = "auto") -> None: ...
 
     def refuse(self, sip_status: int, retry_after_s: int, cause: Cause) -> None: ...
 
@@ -183,11 +183,15 @@ class MediaWorker:
             self._act(self._watch.on_lost(self._now_s))
         if self._link.accept():
             self._watch.on_connected(self._now_s)
-            self._link.send(self.hello)
+            self.greet()
             for leg in list(self._endpoint.legs.values()):
                 if leg.leg_id not in self._given_up:
                     self._open(leg, is_resumed=True)
         self._link.flush()
+
+    def greet(self) -> None:
+        """First words to a new agent."""
+        self._link.send(self.hello)
 
     def _carry_out(self, message: ToWorker) -> None:
         if isinstance(message, Alive):
@@ -200,7 +204,7 @@ class MediaWorker:
             if leg is None:
                 return  # it ended while the command was on its way; the agent will read so
             if isinstance(message, SendDtmf):
-                leg.send_dtmf(message.digits)
+                leg.send_dtmf(message.digits, message.method)
             else:
                 leg.carry_out(message, self._now_s)
         except (LegError, CannotDo, ValueError) as error:

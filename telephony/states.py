@@ -1,7 +1,7 @@
 """Which command is legal in which state of a leg: one table for every kind of leg.
 
 States are pjsip's INVITE session states (RFC 3261 §13, §15). A missing entry is a `LegError` that names command and
-state. Play-out commands are legal before the answer: they wait, and nothing is played until CONFIRMED.
+state. Play-out commands are legal before the answer: they wait, and nothing is played until CONFIRMED or `Progress`.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ from telephony.leg import (
     Duck,
     Flush,
     Hangup,
+    Hold,
     LegCommand,
     LegError,
     LegState,
     Pause,
     Play,
+    Progress,
     Refer,
     Reject,
     Resume,
+    Unhold,
 )  # fmt: skip
 
 _PLAYOUT: frozenset[type] = frozenset({Play, Flush, Duck, Pause, Resume})
@@ -26,10 +29,10 @@ _PLAYOUT: frozenset[type] = frozenset({Play, Flush, Duck, Pause, Resume})
 LEGAL: dict[LegState, frozenset[type]] = {
     LegState.NULL: _PLAYOUT | {Hangup},
     LegState.CALLING: _PLAYOUT | {Hangup},
-    LegState.INCOMING: _PLAYOUT | {Answer, Reject, Hangup},
-    LegState.EARLY: _PLAYOUT | {Answer, Reject, Hangup},
+    LegState.INCOMING: _PLAYOUT | {Answer, Progress, Reject, Hangup},
+    LegState.EARLY: _PLAYOUT | {Answer, Progress, Reject, Hangup},
     LegState.CONNECTING: _PLAYOUT | {Hangup},
-    LegState.CONFIRMED: _PLAYOUT | {Hangup, Refer},
+    LegState.CONFIRMED: _PLAYOUT | {Hangup, Hold, Unhold, Refer},
     LegState.DISCONNECTED: frozenset({Hangup}),  # no effect: both sides may hang up at once
 }
 

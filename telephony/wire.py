@@ -17,18 +17,23 @@ from telephony.leg import (
     Duck,
     Flush,
     Hangup,
+    Hold,
+    HoldChanged,
     LegDisconnected,
     LegEvent,
     LegIncoming,
     LegState,
     LegStateChanged,
+    MediaHealth,
     Pause,
     Play,
     PlayoutProgress,
+    Progress,
     Refer,
     ReferResult,
     Reject,
     Resume,
+    Unhold,
 )
 
 MAX_MESSAGE_BYTES = 1 << 20
@@ -74,24 +79,51 @@ class CommandRefused(_WireMessage, frozen=True):
     reason: str
 
 
+class TrunkChanged(_WireMessage, frozen=True):
+    """What became of a trunk: registered | unregistered | refused (its registrar said no) | up | down (OPTIONS)."""
+
+    trunk: str
+    state: str
+    host: str = ""
+    sip_status: int = 0
+    reason: str = ""
+
+
+class SecurityEvent(_WireMessage, frozen=True):
+    """Somebody tried something; at most one a minute for each kind and source, with the number of times.
+
+    kind: unlisted_source | unlisted_invite | flood | rtp_source | third_party_bye.
+    """
+
+    kind: str
+    source_address: str
+    count: int = 1
+    detail: str = ""  # first line of what was sent, printable and cut: the sender's claim
+
+
 # ------------------------------------------------------------ agent -> worker
 
 
 class PlaceCall(_WireMessage, frozen=True):
-    """Outbound INVITE, to configured hosts only."""
+    """Outbound INVITE, to configured hosts only: to `uri`, or to `number` by way of `trunks` (names, best first; none
+    = all, in the order of configuration), whose hosts are tried in turn."""
 
     leg_id: str
-    uri: str
+    uri: str = ""
+    number: str = ""
+    trunks: tuple[str, ...] = ()
     from_user: str = ""
     display_name: str = ""
     headers: dict[str, str] = {}
 
 
 class SendDtmf(_WireMessage, frozen=True):
-    """Keys out, as RFC 4733 telephone-events."""
+    """Keys out. method: rfc4733 | info (SIP INFO, application/dtmf-relay) | inband (tones) | auto: RFC 4733 when the
+    party negotiated it, else tones."""
 
     leg_id: str
     digits: str
+    method: str = "auto"
 
 
 class Alive(_WireMessage, frozen=True):
@@ -106,10 +138,14 @@ ToAgent = (
     | LegStateChanged
     | DtmfReceived
     | ReferResult
+    | HoldChanged
+    | MediaHealth
     | PlayoutProgress
     | LegDisconnected
+    | TrunkChanged
+    | SecurityEvent
 )
-ToWorker = PlaceCall | SendDtmf | Alive | Answer | Reject | Hangup | Refer
+ToWorker = PlaceCall | SendDtmf | Alive | Answer | Progress | Reject | Hangup | Hold | Unhold | Refer
 
 _encoder = msgspec.msgpack.Encoder()
 _to_agent: msgspec.msgpack.Decoder[ToAgent] = msgspec.msgpack.Decoder(ToAgent)

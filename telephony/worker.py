@@ -23,6 +23,7 @@ from telephony.config import TelephonyConfig
 from telephony.media_worker import Admission, MediaWorker, Sink
 from telephony.priority import run_first
 from telephony.sip.endpoint import SipEndpoint, SipError
+from telephony.wire import SecurityEvent, TrunkChanged
 
 _TICK_MS = 10
 
@@ -31,11 +32,27 @@ class Worker(MediaWorker):
     """A worker whose calls are SIP dialogs."""
 
     def __init__(self, config: TelephonyConfig, socket_path: Path, parent_pid: int) -> None:
+        self._trunk_states: dict[str, TrunkChanged] = {}  # told to every new agent
+        self._is_started = False
         super().__init__(config, socket_path, parent_pid, self._make_endpoint)
+        self._is_started = True
 
     def _make_endpoint(self, sink: Sink, admission: Admission) -> SipEndpoint:
-        self._sip = SipEndpoint(self.config, sink, admission)
+        self._sip = SipEndpoint(self.config, sink, admission, self._notify)
         return self._sip
+
+    def _notify(self, message: TrunkChanged | SecurityEvent) -> None:
+        """News that belongs to no leg: to the agent, and one line for the operator's log."""
+        print(f"worker: {message}", file=sys.stderr)
+        if isinstance(message, TrunkChanged):
+            self._trunk_states[message.trunk] = message
+        if self._is_started:
+            self._link.send(message)
+
+    def greet(self) -> None:
+        super().greet()
+        for message in self._trunk_states.values():
+            self._link.send(message)
 
     def run(self) -> None:
         """Until told to stop. Signalling is at most `_TICK_MS` late; media never waits for this loop."""

@@ -1,4 +1,5 @@
-"""pjsua2's endpoint of one media worker: one UDP transport, one account, the legs, and who may enter.
+"""pjsua2's endpoint of one media worker: its transports, its accounts (one of our own, one a trunk), the legs, and who
+may enter.
 
 SIP runs on the thread that calls `poll`; media on pjmedia's own clock thread. This file and its neighbours are the only
 place that imports pjsua2 (GPL-2.0-or-later or commercial: an optional extra).
@@ -9,67 +10,64 @@ from __future__ import annotations
 import ctypes
 import socket
 import sys
-import traceback
 import uuid
 from collections.abc import Callable
+from functools import partial
 
 import pjsua2 as pj
 
 from telephony.config import TelephonyConfig
-from telephony.leg import LegEvent, LegIncoming, LegState, LegStateChanged
+from telephony.leg import LegDisconnected, LegEvent, LegIncoming, LegState, LegStateChanged
+from telephony.sip.accounts import Account, TrunkAccount
 from telephony.sip.causes import Cause, cause_of_status
 from telephony.sip.leg import SipLeg
 from telephony.sip.media_port import MediaPorts, check_frame_copy
-from telephony.sip.trunk import (
-    TrunkRefused,
-    caller_of,
-    check_outbound,
-    clean,
-    is_allowed_source,
-    read_invite,
-    split_uri,
-)
-from telephony.wire import PlaceCall
+from telephony.sip.outbound import OutboundAttempt
+from telephony.sip.trunk import Neighbours, Route, TrunkRefused, clean, identify, read_invite, routes_of
+from telephony.wire import PlaceCall, SecurityEvent, TrunkChanged
 
 Sink = Callable[[SipLeg, LegEvent], None]
 Admission = Callable[[], int]
 """0 = another call may enter, else the SIP status to refuse it with."""
 
+Notify = Callable[[TrunkChanged | SecurityEvent], None]
+
 SipError = pj.Error
 """What pjsip refused; `.info(False)` says why. Named here so that nobody else has to import pjsua2."""
 
+_TRANSPORT_TYPES = {
+    ("udp", False): pj.PJSIP_TRANSPORT_UDP, ("udp", True): pj.PJSIP_TRANSPORT_UDP6,
+    ("tcp", False): pj.PJSIP_TRANSPORT_TCP, ("tcp", True): pj.PJSIP_TRANSPORT_TCP6,
+}  # fmt: skip
 _BURIAL_S = 2.0  # a finished leg is kept so long, so that no callback of the clock thread meets a freed object
 
 
-class _Account(pj.Account):
-    def __init__(self, endpoint: SipEndpoint) -> None:
-        super().__init__()
-        self._endpoint = endpoint
-
-    def onIncomingCall(self, prm: pj.OnIncomingCallParam) -> None:
-        try:
-            self._endpoint.on_invite(prm)
-        except Exception:  # noqa: BLE001 - must not unwind into pjsip's C stack; the INVITE then times out
-            traceback.print_exc(file=sys.stderr)
-
-
 class SipEndpoint:
-    """Everything pjsua2 of one process. `sink` hears every leg; `admission` is asked for every INVITE."""
+    """Everything pjsua2 of one process. `sink` hears every leg; `admission` is asked for every INVITE; `notify` is told
+    what belongs to no leg."""
 
-    def __init__(self, config: TelephonyConfig, sink: Sink, admission: Admission) -> None:
+    def __init__(self, config: TelephonyConfig, sink: Sink, admission: Admission, notify: Notify) -> None:
         self.config = config
         self.legs: dict[str, SipLeg] = {}
-        self._sink, self._admission = sink, admission
-        self._refused: dict[str, SipLeg] = {}  # being answered with a final status, never shown to the agent
+        self._sink, self._admission, self._notify = sink, admission, notify
+        self._neighbours = Neighbours(config)
+        self._hidden: dict[int, SipLeg] = {}  # by id(): refused ones and routes given up, never shown to the agent
+        self._attempts: dict[str, OutboundAttempt] = {}  # outbound calls nobody has taken yet
+        self._next_routes: list[tuple[SipLeg, int]] = []  # (failed leg, its status), to be tried from `poll`
         self._buried: list[tuple[float, SipLeg]] = []
         self._now_s = 0.0
+        self._free_rtp_port = _free_even_port(config.sip_bind)
         self._endpoint = pj.Endpoint()
         self._start_library()
-        self.sip_port = self._start_transport()
+        self.sip_port = self._start_transports()
         self._set_codecs()
         playback = self._endpoint.audDevManager().getPlaybackDevMedia()
         self._ports = MediaPorts(self.max_calls + 1, config, playback)
-        self._account = self._start_account()
+        self._account = Account(self.on_invite)
+        self._account.create(self._account_settings(self._uri(config.from_user)), True)
+        self._trunks = {trunk.name: TrunkAccount(trunk, config, self.on_invite, notify) for trunk in config.trunks}
+        for account in self._trunks.values():
+            account.start(self._account_settings(""))
 
     # ------------------------------------------------------------------- start
 
@@ -97,33 +95,36 @@ class SipEndpoint:
             print(f"sip: this pjsua2 holds {capacity} calls; max_calls is {self.max_calls}", file=sys.stderr)
         self._endpoint.audDevManager().setNullDev()
 
-    def _start_transport(self) -> int:
-        transport = pj.TransportConfig()
-        transport.port = self.config.sip_port
-        transport.boundAddress = self.config.sip_bind
-        transport.publicAddress = self.config.public_address
-        transport_id = self._endpoint.transportCreate(pj.PJSIP_TRANSPORT_UDP, transport)
+    def _start_transports(self) -> int:
+        """All at the same port; the first that is configured chooses it."""
+        port = self.config.sip_port
+        for name in self.config.transports:
+            transport = pj.TransportConfig()
+            transport.port = port
+            transport.boundAddress = self.config.sip_bind
+            transport.publicAddress = self.config.public_address
+            transport_id = self._endpoint.transportCreate(
+                _TRANSPORT_TYPES[name, ":" in self.config.sip_bind], transport
+            )
+            port = port or int(self._endpoint.transportGetInfo(transport_id).localName.rsplit(":", 1)[1])
         self._endpoint.libStart()
-        if self.config.sip_port:
-            return self.config.sip_port
-        return int(self._endpoint.transportGetInfo(transport_id).localName.rsplit(":", 1)[1])
+        return port
 
     def _set_codecs(self) -> None:
         priority = {codec: 255 - index for index, codec in enumerate(self.config.codecs)}
         for codec in self._endpoint.codecEnum2():
             self._endpoint.codecSetPriority(codec.codecId, priority.get(codec.codecId.rsplit("/", 1)[0], 0))
 
-    def _start_account(self) -> _Account:
+    def _account_settings(self, uri: str) -> pj.AccountConfig:
+        """What all accounts have in common."""
         settings = pj.AccountConfig()
-        settings.idUri = self._uri(self.config.from_user)
+        settings.idUri = uri
         transport = settings.mediaConfig.transportConfig
         transport.boundAddress = self.config.sip_bind
         transport.publicAddress = self.config.public_address
-        transport.port = self.config.rtp_port_first or _free_even_port(self.config.sip_bind)
+        transport.port = self.config.rtp_port_first or self._free_rtp_port
         settings.callConfig.timerUse = pj.PJSUA_SIP_TIMER_OPTIONAL
-        account = _Account(self)
-        account.create(settings)
-        return account
+        return settings
 
     def _uri(self, user: str) -> str:
         host = self.config.public_address or self.config.sip_bind
@@ -135,80 +136,147 @@ class SipEndpoint:
         """Let SIP happen for at most `wait_ms`."""
         self._now_s = now_s
         self._endpoint.libHandleEvents(wait_ms)
+        while self._next_routes:
+            self._try_next(*self._next_routes.pop(0))
         self._bury(now_s)
 
     def _bury(self, now_s: float) -> None:
         """Free finished legs. pjsua2's destructor of a Call acts on its slot number, so never while a new call has the
         slot."""
-        in_use = {leg.getId() for leg in (*self.legs.values(), *self._refused.values())}
+        in_use = {leg.getId() for leg in (*self.legs.values(), *self._hidden.values())}
         self._buried = [(at_s, leg) for at_s, leg in self._buried if at_s > now_s or leg.getId() in in_use]
 
     def check_deadlines(self, now_s: float) -> None:
-        for leg in list(self.legs.values()):
+        for name, work in self._due(now_s):
             try:
-                leg.on_time(now_s)
+                work()
             except pj.Error as error:  # one call's trouble must not end the others
-                print(f"sip: {leg.leg_id}: {error.info(False)}", file=sys.stderr)
+                print(f"sip: {name}: {error.info(False)}", file=sys.stderr)
+
+    def _due(self, now_s: float) -> list[tuple[str, Callable[[], None]]]:
+        due = [(leg_id, partial(leg.on_time, now_s)) for leg_id, leg in self.legs.items()]
+        due += [(name, partial(account.on_time, now_s)) for name, account in self._trunks.items()]
+        for leg_id, attempt in self._attempts.items():
+            leg = self.legs[leg_id]
+            attempt.has_answer = attempt.has_answer or leg.has_answer
+            if attempt.is_stuck(now_s):
+                due.append((leg_id, partial(self._try_next, leg, 0)))
+        return due
 
     # ------------------------------------------------------------------- calls
 
-    def on_invite(self, prm: pj.OnIncomingCallParam) -> None:
-        leg = SipLeg(
-            self._account, self.config, uuid.uuid4().hex[:16], "inbound", self._on_leg, self._ports, prm.callId
-        )
+    def on_invite(self, account: pj.Account, prm: pj.OnIncomingCallParam) -> None:
+        leg = SipLeg(account, self.config, uuid.uuid4().hex[:16], "inbound", self._on_leg, self._ports, prm.callId)
         source = prm.rdata.srcAddress
-        status = self._admission() if is_allowed_source(source, self.config) else 403
+        status = self._admission() if self._neighbours.may_call_us(source) else 403
         if status:
-            self._refused[leg.leg_id] = leg
+            self._hidden[id(leg)] = leg
             leg.refuse(status, self.config.retry_after_s if status == 503 else 0, cause_of_status(status))
             return
         request_uri, headers = read_invite(prm.rdata.wholeMsg)
-        ani, display_name = caller_of(headers.get("From", headers.get("f", "")))
-        try:
-            did = split_uri(request_uri)[0]
-        except ValueError:
-            did = ""
+        trunk = self._neighbours.trunk_of(source)
+        who = identify(request_uri, headers, trunk)
         self.legs[leg.leg_id] = leg
         leg.incoming = LegIncoming(
-            leg_id=leg.leg_id, did=clean(did), ani=clean(ani), display_name=clean(display_name), source_address=source,
-            headers=headers, sample_rate_hz=self.config.sample_rate_hz,
+            leg_id=leg.leg_id, did=who.did, ani=who.ani, display_name=who.display_name, source_address=source,
+            headers=headers, sample_rate_hz=self.config.sample_rate_hz, trunk=trunk.name if trunk else "",
+            asserted_identity=who.asserted_identity, is_withheld=who.is_withheld,
         )  # fmt: skip
         self._sink(leg, leg.incoming)
         self._sink(leg, LegStateChanged(leg_id=leg.leg_id, state=LegState.INCOMING))
         leg.ring()
 
     def place_call(self, request: PlaceCall) -> SipLeg:
-        """INVITE; TrunkRefused when the host is not configured. The leg's first event comes with the next `poll`."""
-        check_outbound(request.uri, self.config)
-        leg = SipLeg(self._account, self.config, request.leg_id, "outbound", self._on_leg, self._ports)
-        param = pj.CallOpParam(True)
-        param.opt.audioCount, param.opt.videoCount = 1, 0
-        if request.from_user or request.display_name:
-            name = clean(request.display_name).replace('"', "").replace("\\", "")
-            user = (
-                "".join(char for char in request.from_user if char.isalnum() or char in "+-_.") or self.config.from_user
-            )
-            param.txOption.localUri = f'"{name}" <{self._uri(user)}>' if name else f"<{self._uri(user)}>"
-        for key, value in request.headers.items():
-            header = pj.SipHeader()
-            header.hName, header.hValue = clean(key), clean(value)
-            param.txOption.headers.append(header)
+        """INVITE; TrunkRefused when configuration does not allow it. The leg's first event comes with the next
+        `poll`."""
+        routes = routes_of(request.uri, request.number, request.trunks, self.config)
+        for account in self._trunks.values():
+            routes = account.routes(routes)
+        attempt = self._attempts[request.leg_id] = OutboundAttempt(request, routes, self._now_s)
+        try:
+            return self._invite(attempt.route, request, None)
+        except pj.Error:
+            del self._attempts[request.leg_id]
+            raise
+
+    def _invite(self, route: Route, request: PlaceCall, before: SipLeg | None) -> SipLeg:
+        account = self._trunks[route.trunk.name] if route.trunk else self._account
+        leg = SipLeg(
+            account, self.config, request.leg_id, "outbound", self._on_leg, self._ports,
+            media=before.media if before else None,
+        )  # fmt: skip
         self.legs[leg.leg_id] = leg
         try:
-            leg.makeCall(request.uri, param)
+            leg.makeCall(route.uri, self._outbound_param(route, request))
         except pj.Error:
-            del self.legs[leg.leg_id]
+            if before is None:
+                del self.legs[leg.leg_id]
             raise
         return leg
 
+    def _outbound_param(self, route: Route, request: PlaceCall) -> pj.CallOpParam:
+        param = pj.CallOpParam(True)
+        param.opt.audioCount, param.opt.videoCount = 1, 0
+        trunk, caller = route.trunk, "".join(char for char in request.from_user if char.isalnum() or char in "+-_.")
+        headers = dict(request.headers)
+        if trunk is not None:
+            caller = caller or trunk.caller_id or trunk.username or self.config.from_user
+            uri = f"sip:{caller}@{trunk.aor_host}"
+            if trunk.is_identity_trusted:
+                headers.setdefault("P-Asserted-Identity", f"<{uri}>")
+        else:
+            uri = self._uri(caller or self.config.from_user)
+        if trunk is not None or request.from_user or request.display_name:
+            name = clean(request.display_name).replace('"', "").replace("\\", "")
+            param.txOption.localUri = f'"{name}" <{uri}>' if name else f"<{uri}>"
+        for key, value in headers.items():
+            header = pj.SipHeader()
+            header.hName, header.hValue = clean(key), clean(value)
+            param.txOption.headers.append(header)
+        return param
+
+    def _try_next(self, failed: SipLeg, sip_status: int) -> None:
+        """The same call by its next route. The failed one is ended unseen."""
+        attempt = self._attempts.get(failed.leg_id)
+        if attempt is None or self.legs.get(failed.leg_id) is not failed:
+            return
+        self._neighbours.refresh()
+        if failed.state is not LegState.DISCONNECTED:
+            self._hidden[id(failed)] = failed
+            failed.end(Cause.NO_ANSWER)
+        route = attempt.next(sip_status, self._now_s)
+        print(f"sip: {failed.leg_id}: {attempt.tried[-1]}; next {route.uri}", file=sys.stderr)
+        try:
+            self._invite(route, attempt.request, failed)
+        except pj.Error:
+            if attempt.has_next:
+                self._try_next(self.legs[failed.leg_id], 503)
+                return
+            del self._attempts[failed.leg_id]
+            leg = self.legs[failed.leg_id]
+            self._sink(leg, LegStateChanged(leg_id=leg.leg_id, state=LegState.DISCONNECTED))
+            self._sink(leg, LegDisconnected(leg_id=leg.leg_id, cause=Cause.NETWORK_ERROR, sip_status=503))
+
     def _on_leg(self, leg: SipLeg, event: LegEvent) -> None:
         is_over = isinstance(event, LegStateChanged) and event.state is LegState.DISCONNECTED
-        if leg.leg_id not in self._refused:
-            self._sink(leg, event)
+        if is_over:
+            self._buried.append((self._now_s + _BURIAL_S, leg))
+        attempt = self._attempts.get(leg.leg_id)
+        if attempt is not None and id(leg) not in self._hidden:
+            if is_over and not leg.is_ended_by_us and attempt.goes_on_after(leg.sip_status):
+                self._hidden[id(leg)] = leg
+                self._next_routes.append((leg, leg.sip_status))
+            elif is_over or (isinstance(event, LegStateChanged) and event.state is not LegState.CALLING):
+                del self._attempts[leg.leg_id]
+            elif attempt.tried:
+                return  # CALLING again is no news
+        if id(leg) in self._hidden:
+            if isinstance(event, LegDisconnected):
+                del self._hidden[id(leg)]
+            return  # not disposed of: it had no port, and its media may be another leg's by now
+        self._sink(leg, event)
         if is_over:
             leg.dispose()
-            self._refused.pop(leg.leg_id, None)
-            self._buried.append((self._now_s + _BURIAL_S, leg))
 
     def forget(self, leg: SipLeg) -> None:
         """The agent has been told of the end."""

@@ -15,21 +15,28 @@ from typing import Any
 import pjsua2 as pj
 
 from telephony.config import TelephonyConfig
+from telephony.dtmf import KEYS, tones
 from telephony.leg import (
     Answer,
     DtmfReceived,
     Hangup,
+    Hold,
+    HoldChanged,
     LegCommand,
     LegDisconnected,
     LegEvent,
     LegIncoming,
     LegState,
     LegStateChanged,
+    Play,
+    Progress,
     Refer,
     Reject,
+    Unhold,
 )  # fmt: skip
 from telephony.leg_media import LegMedia
 from telephony.sip.causes import Cause, cause_of_hangup, cause_of_status
+from telephony.sip.media_health import MediaCounts, health_of
 from telephony.sip.media_port import MediaPort, MediaPorts
 from telephony.sip.refer import INBOUND_REFER_STATUS, OutboundRefer, check_refer_to
 from telephony.states import check_legal
@@ -44,6 +51,7 @@ _STATES = {
     pj.PJSIP_INV_STATE_DISCONNECTED: LegState.DISCONNECTED,
 }
 _DECLINE = 603
+DTMF_METHODS = ("auto", "rfc4733", "info", "inband")
 _NETWORK_STATUSES = {408, 503}  # what pjsip itself reports for no answer and for no transport
 
 
@@ -66,11 +74,13 @@ class SipLeg(pj.Call):
     def __init__(
         self, account: pj.Account, config: TelephonyConfig, leg_id: str, direction: str,
         sink: Callable[[SipLeg, LegEvent], None], ports: MediaPorts, call_id: int = pj.PJSUA_INVALID_ID,
+        media: LegMedia | None = None,
     ) -> None:  # fmt: skip
+        """`media`: of the leg this one takes the place of (the same call by another route)."""
         super().__init__(account, call_id)
         self.leg_id, self.direction = leg_id, direction
         self.state = LegState.INCOMING if direction == "inbound" else LegState.NULL
-        self.media = LegMedia(leg_id, config)
+        self.media = media or LegMedia(leg_id, config)
         self._ports = ports
         self._port: MediaPort | None = None  # from CONFIRMED to the end
         self.incoming: LegIncoming | None = None
@@ -80,6 +90,15 @@ class SipLeg(pj.Call):
         self._has_media = False
         self._started_at_s = 0.0
         self._rtp_packets, self._rtp_changed_at_s = -1, 0.0
+        self.sip_status = 0  # of the latest answer
+        self.has_answer = False  # the party's host said something, if only 100 Trying
+        self._is_early = False  # our early media is on its way
+        self._is_silenced = False  # the party told us that it will send nothing (RFC 3264 §8.4)
+        self._hold_by = ""  # caller | agent while on hold
+        self._confirmed_at_s = 0.0
+        self._is_judged = False  # the media's health was reported
+        self._loudest = 0
+        self._num_tones = 0
 
     # ----------------------------------------------------------------- commands
 
@@ -89,6 +108,15 @@ class SipLeg(pj.Call):
         match command:
             case Answer():
                 self.answer(_call_param(200))
+            case Progress():
+                self._is_early = True
+                self.answer(_call_param(183))
+            case Hold():
+                self.setHold(_call_param(0))
+            case Unhold():
+                param = _call_param(0)
+                param.opt.flag = pj.PJSUA_CALL_UNHOLD
+                self.reinvite(param)
             case Reject(sip_status=sip_status, retry_after_s=retry_after_s):
                 self.refuse(sip_status, retry_after_s, cause_of_status(sip_status))
             case Hangup(cause=cause) if self.state is not LegState.DISCONNECTED:
@@ -100,9 +128,27 @@ class SipLeg(pj.Call):
                 self.refer = OutboundRefer(self.leg_id, now_s, self._config.refer_timeout_s)
                 self.xfer(f"<{refer_to}>", pj.CallOpParam(True))
 
-    def send_dtmf(self, digits: str) -> None:
-        """Keys out, as RFC 4733 telephone-events."""
-        self.dialDtmf(digits)
+    def send_dtmf(self, digits: str, method: str = "auto") -> None:
+        """Keys out; methods: see `wire.SendDtmf`. ValueError for a key or a method that is none."""
+        if method not in DTMF_METHODS or not KEYS.fullmatch(digits):
+            raise ValueError("digits must be 0-9 * # A-D, the method rfc4733, info, inband or auto")
+        if method == "auto":
+            method = "rfc4733" if self.getStreamInfo(0).audTxEventPt > 0 else "inband"
+        if method == "inband":
+            self._num_tones += 1
+            self.media.local_commands.append(Play(
+                leg_id=self.leg_id, item_id=f"dtmf-{self._num_tones}", pcm=tones(digits, self._config.sample_rate_hz),
+                sample_rate_hz=self._config.sample_rate_hz, is_final=True,
+            ))  # fmt: skip
+            return
+        param = pj.CallSendDtmfParam()
+        param.digits = digits
+        param.method = pj.PJSUA_DTMF_METHOD_SIP_INFO if method == "info" else pj.PJSUA_DTMF_METHOD_RFC2833
+        self.sendDtmf(param)
+
+    @property
+    def is_ended_by_us(self) -> bool:
+        return self._cause is not None
 
     def ring(self) -> None:
         """180 Ringing while the agent makes up its mind."""
@@ -143,11 +189,12 @@ class SipLeg(pj.Call):
             result = self.refer.on_time(now_s)
             if result is not None:
                 self._sink(self, result)
-        if self.state is LegState.CONFIRMED and self._config.rtp_timeout_s and self._has_media:
+        if self.state is LegState.CONFIRMED and self._has_media:
+            self._judge_health(now_s)
             packets = self._received_packets()
-            if packets != self._rtp_packets or self.media.is_held:
+            if packets != self._rtp_packets or self.media.is_held or self._is_silenced:
                 self._rtp_packets, self._rtp_changed_at_s = packets, now_s
-            elif now_s - self._rtp_changed_at_s > self._config.rtp_timeout_s:
+            elif self._config.rtp_timeout_s and now_s - self._rtp_changed_at_s > self._config.rtp_timeout_s:
                 self.end(Cause.MEDIA_TIMEOUT)
 
     def story(self) -> list[LegEvent]:
@@ -170,12 +217,13 @@ class SipLeg(pj.Call):
         info = self.getInfo()
         was_confirmed = self.state is LegState.CONFIRMED
         state = _STATES[info.state]
+        self.sip_status = info.lastStatusCode
         if state is self.state:
             return
         self.state = state
         codec = self._codec() if state is LegState.CONFIRMED else ""
         self._sink(self, LegStateChanged(leg_id=self.leg_id, state=state, sample=self.media.sample, codec=codec))
-        if state is LegState.CONFIRMED:
+        if state is LegState.CONFIRMED and self._cause is None:
             self._start_media()  # after the news, so that the agent hears of the answer before it hears audio
         if state is LegState.DISCONNECTED:
             self._sink(self, self._disconnected(info.lastStatusCode, was_confirmed))
@@ -186,8 +234,18 @@ class SipLeg(pj.Call):
         statuses = [media.status for media in info.media if media.type == pj.PJMEDIA_TYPE_AUDIO]
         self._has_media = any(status != pj.PJSUA_CALL_MEDIA_NONE for status in statuses)
         self.media.is_held = pj.PJSUA_CALL_MEDIA_ACTIVE not in statuses
-        if self.state is LegState.CONFIRMED:
+        audio = [media.dir for media in info.media if media.type == pj.PJMEDIA_TYPE_AUDIO]
+        self._is_silenced = not any(direction & pj.PJMEDIA_DIR_DECODING for direction in audio)
+        if self.state is LegState.CONFIRMED and self._cause is None:
             self._start_media()
+            self._note_hold(statuses)
+        elif self._is_early and self.direction == "inbound" and self._has_media:
+            self._start_media()
+
+    @_guarded
+    def onCallTsxState(self, prm: pj.OnCallTsxStateParam) -> None:
+        if prm.e.type == pj.PJSIP_EVENT_TSX_STATE and prm.e.body.tsxState.type == pj.PJSIP_EVENT_RX_MSG:
+            self.has_answer = True
 
     @_guarded
     def onDtmfDigit(self, prm: pj.OnDtmfDigitParam) -> None:
@@ -220,6 +278,33 @@ class SipLeg(pj.Call):
             stream = self.getAudioMedia(-1)
             self._port.startTransmit(stream)
             stream.startTransmit(self._port)
+
+    def _note_hold(self, statuses: list[int]) -> None:
+        """Say who put whom on hold, once."""
+        by = "agent" if pj.PJSUA_CALL_MEDIA_LOCAL_HOLD in statuses else "caller" if self.media.is_held else ""
+        if by != self._hold_by:
+            before, self._hold_by = self._hold_by, by
+            self._sink(self, HoldChanged(leg_id=self.leg_id, is_held=bool(by), by=by or before))
+
+    def _judge_health(self, now_s: float) -> None:
+        """Once, `health_after_s` after the answer; the level is looked at until then."""
+        if self._is_judged:
+            return
+        self._confirmed_at_s = self._confirmed_at_s or now_s
+        stream, transport = self.getStreamStat(0), self.getMedTransportInfo(0)
+        self._loudest = max(self._loudest, self.getAudioMedia(-1).getTxLevel())
+        if now_s - self._confirmed_at_s < self._config.health_after_s:
+            return
+        self._is_judged = True
+        received, sent = stream.rtcp.rxStat, stream.rtcp.txStat
+        counts = MediaCounts(
+            packets_in=received.pkt, packets_out=sent.pkt, lost_in=received.loss, lost_out=sent.loss,
+            num_reports=sent.updateCount, level_in=self._loudest,
+        )  # fmt: skip
+        self._sink(self, health_of(
+            self.leg_id, counts, codec=self._codec(), is_held=self.media.is_held or self._is_silenced,
+            promised_address=self.getStreamInfo(0).remoteRtpAddress, source_address=transport.srcRtpName,
+        ))  # fmt: skip
 
     def _codec(self) -> str:
         if not self._has_media:

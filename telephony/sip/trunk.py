@@ -1,20 +1,28 @@
 """With whom we exchange INVITEs: sources that may call us, hosts we may call, and reading the headers of either.
 
 Pure text and address arithmetic, no pjsip. Closed by default: loopback only, both ways. Everything read here is the
-peer's claim (RFC 3261 §7.3); values are cut, and control characters never pass.
+peer's claim (RFC 3261 §7.3), but for P-Asserted-Identity of a trunk that is trusted (RFC 3325); values are cut, and
+control characters never pass.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import re
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from telephony.config import TelephonyConfig
+from telephony.trunk_config import TrunkConfig
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 _URI = re.compile(r"^(sips?|tel):(?:([^@;?]*)@)?(\[[0-9A-Fa-f:.]+\]|[^:;?>@\s]+)(?::(\d{1,5}))?", re.IGNORECASE)
 _QUOTED = re.compile(r'^\s*"((?:[^"\\]|\\.)*)"')  # RFC 3261 §25.1 quoted-string
 _MAX_HEADERS, _MAX_VALUE_CHARS = 48, 512
 _SAFE_URI = re.compile(r"^[\x21-\x7e]{1,512}$")
+_NUMBER = re.compile(r"^[+0-9A-Za-z*#._-]{1,64}$")
 
 
 class TrunkRefused(Exception):
@@ -22,11 +30,13 @@ class TrunkRefused(Exception):
 
 
 def split_uri(uri: str) -> tuple[str, str, int]:
-    """(user, host, port) of a SIP URI; port 0 when it names none. ValueError when it is not one."""
+    """(user, host, port) of a SIP or tel URI; port 0 when it names none. ValueError when it is not one."""
     match = _URI.match(uri.strip().strip("<>"))
     if match is None:
         raise ValueError(f"not a SIP URI: {uri[:80]!r}")
-    _, user, host, port = match.groups()
+    scheme, user, host, port = match.groups()
+    if scheme.lower() == "tel":  # RFC 3966: the number is all there is
+        return host, "", 0
     return (user or "").split(":")[0], host.strip("[]").lower(), int(port or 0)
 
 
@@ -45,16 +55,143 @@ def check_outbound(uri: str, config: TelephonyConfig) -> None:
         raise TrunkRefused(f"host {host}:{port or 5060} is not in telephony.outbound_hosts")
 
 
-def is_allowed_source(source_address: str, config: TelephonyConfig) -> bool:
-    """May this "ip:port" send us an INVITE? Without an allow-list: loopback only."""
-    host = source_address.rsplit(":", 1)[0].strip("[]")
+class Neighbours:
+    """The networks SIP may come from. Host names are looked up at `refresh`, which the endpoint calls at start and when
+    a trunk stops answering."""
+
+    def __init__(self, config: TelephonyConfig) -> None:
+        self._config = config
+        self._listed = [ipaddress.ip_network(source) for source in config.allowed_sources]
+        self._of_trunk: dict[str, list[Network]] = {}
+        self._answering: list[Network] = []
+        self.refresh()
+
+    def refresh(self) -> None:
+        for trunk in self._config.trunks:
+            networks = [ipaddress.ip_network(source) for source in trunk.sources]
+            self._of_trunk[trunk.name] = networks or addresses_of(trunk.hosts)
+        called = [*self._config.outbound_hosts, *(host for trunk in self._config.trunks for host in trunk.hosts)]
+        self._answering = addresses_of(called)
+
+    def trunk_of(self, source_address: str) -> TrunkConfig | None:
+        """Whose call this is: the first trunk that has the source."""
+        address = _address(source_address)
+        for trunk in self._config.trunks:
+            if address is not None and _is_in(address, self._of_trunk[trunk.name]):
+                return trunk
+        return None
+
+    def may_call_us(self, source_address: str) -> bool:
+        """May this "ip:port" send us an INVITE? Without any list: loopback only."""
+        address = _address(source_address)
+        if address is None:
+            return False
+        if not self._listed and not self._config.trunks:
+            return address.is_loopback
+        return _is_in(address, self._listed) or self.trunk_of(source_address) is not None
+
+    def networks(self) -> list[Network]:
+        """Everything a packet may come from: who may call us, and who answers when we call."""
+        listed = self._listed
+        if not listed and not self._config.trunks:
+            listed = [ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128")]
+        own = [network for networks in self._of_trunk.values() for network in networks]
+        return sorted({*listed, *own, *self._answering}, key=lambda network: (network.version, network))
+
+
+def addresses_of(hosts: Iterable[str]) -> list[Network]:
+    """Where `host` or `host:port` lie; a name that cannot be looked up now has no address."""
+    found: list[Network] = []
+    for entry in hosts:
+        name = entry.partition("]")[0].strip("[") if entry.startswith("[") else entry.partition(":")[0]
+        try:
+            found += [
+                ipaddress.ip_network(item[4][0]) for item in socket.getaddrinfo(name, None, type=socket.SOCK_DGRAM)
+            ]
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def _address(source_address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        address = ipaddress.ip_address(host)
+        return ipaddress.ip_address(source_address.rsplit(":", 1)[0].strip("[]"))
     except ValueError:
-        return False
-    if not config.allowed_sources:
-        return address.is_loopback
-    return any(address in ipaddress.ip_network(network) for network in config.allowed_sources)
+        return None
+
+
+def _is_in(address: ipaddress.IPv4Address | ipaddress.IPv6Address, networks: Iterable[Network]) -> bool:
+    return any(address in network for network in networks)
+
+
+@dataclass(frozen=True)
+class Route:
+    """One way to place a call."""
+
+    uri: str
+    trunk: TrunkConfig | None = None
+
+
+def routes_of(uri: str, number: str, trunk_names: tuple[str, ...], config: TelephonyConfig) -> list[Route]:
+    """The ways to place this call, best first: the URI itself, or the number by way of the named trunks' hosts.
+    TrunkRefused when configuration does not allow it."""
+    if uri:
+        check_outbound(uri, config)
+        return [Route(uri)]
+    if not _NUMBER.match(number):
+        raise TrunkRefused("the number must be 1 to 64 of digits, letters and + * # - _ .")
+    known = {trunk.name: trunk for trunk in config.trunks}
+    for name in trunk_names:
+        if name not in known:
+            raise TrunkRefused(f"trunk {name!r} is not in telephony.trunks")
+    chosen = [known[name] for name in trunk_names] or list(config.trunks)
+    if not chosen:
+        raise TrunkRefused("there is no trunk to call a number with; telephony.trunks is empty")
+    escaped = number.replace("#", "%23")  # RFC 3261 §25.1: not allowed in a user part as it is
+    return [Route(trunk.uri_of(escaped, host), trunk) for trunk in chosen for host in trunk.hosts]
+
+
+def is_for_next_host(sip_status: int) -> bool:
+    """Does this final answer to an INVITE say something about the host, not about the called party? RFC 3263 §4.3."""
+    return sip_status == 408 or 500 <= sip_status < 600
+
+
+@dataclass(frozen=True)
+class InboundIdentity:
+    """Who calls whom."""
+
+    did: str
+    ani: str
+    display_name: str
+    asserted_identity: str = ""  # of a trusted trunk only
+    is_withheld: bool = False  # the caller asked that the number be kept from us (RFC 3323, RFC 3325 §7)
+
+
+def identify(request_uri: str, headers: dict[str, str], trunk: TrunkConfig | None) -> InboundIdentity:
+    """Read an INVITE as its trunk writes it."""
+    by_name = {name.lower(): value for name, value in headers.items()}
+    sources = {
+        "request_uri": request_uri,
+        "to": by_name.get("to", by_name.get("t", "")),
+        "p-called-party-id": by_name.get("p-called-party-id", request_uri),
+    }
+    did = _user_of(sources[trunk.did_from if trunk else "request_uri"])
+    ani, display_name = caller_of(by_name.get("from", by_name.get("f", "")))
+    asserted = ""
+    if trunk is not None and trunk.is_identity_trusted and "p-asserted-identity" in by_name:
+        asserted, asserted_name = caller_of(by_name["p-asserted-identity"].split(">,")[0])
+        ani, display_name = asserted or ani, asserted_name or display_name
+    privacy = {word.strip().lower() for word in by_name.get("privacy", "").split(";")}
+    is_withheld = bool(privacy & {"id", "user", "header"}) or ani.lower() == "anonymous"
+    return InboundIdentity(clean(did), clean(ani), clean(display_name), clean(asserted), is_withheld)
+
+
+def _user_of(value: str) -> str:
+    """User part of a bare URI or of a name-addr."""
+    try:
+        return split_uri(value)[0]
+    except ValueError:
+        return caller_of(value)[0]
 
 
 def read_invite(message: str) -> tuple[str, dict[str, str]]:
