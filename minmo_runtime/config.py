@@ -48,6 +48,19 @@ class RuntimeConfig:
     num_threads: int = 1
     """torch threads; more than one collapses when another process holds a core (facts/nano.md §1)."""
 
+    device: str = "cpu"
+    """Where the modules run: cpu or cuda."""
+
+    dtype: str = "float32"
+    """Numbers of weights and caches: float32, or bfloat16 on a GPU."""
+
+    sound_rows: int = 1
+    """Most calls in one pass of the flow or the vocoder. A CPU gains nothing from more, and they wait for each other;
+    a GPU wants all."""
+
+    flow_window_s: float = 2.0
+    """Left context of the flow kept per turn, for a checkpoint trained with more; full size costs 115 MB a second."""
+
     def __post_init__(self) -> None:
         allowed: tuple[tuple[str, float, float], ...] = (
             ("max_streams", 1, 256),
@@ -63,8 +76,13 @@ class RuntimeConfig:
             ("hangover_ms", 100, 5000),
             ("prediction_ms", 20, 1000),
             ("num_threads", 1, 64),
+            ("sound_rows", 1, 256),
+            ("flow_window_s", 0.0, 30.0),
         )
         for name, low, high in allowed:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ValueError(f"runtime.{name} = {value}: must be from {low:g} to {high:g}")
+        for name, choices in (("device", ("cpu", "cuda")), ("dtype", ("float32", "bfloat16"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"runtime.{name} = {getattr(self, name)!r}: must be {' or '.join(choices)}")

@@ -125,17 +125,15 @@ class Engine:
 
     def _free(self, stream: Stream) -> None:
         del self.streams[stream.call_id]
-        self.runner.pool.give_back(stream.slot)
-        self.runner.voice_cache.reset(stream.slot)
+        self.runner.free(stream.slot)
 
     def _run(self, job: Job, now: float) -> dict[str, str]:
         begin = self._timer() if self._timer else 0.0
         try:
-            return self.runner.run(job, now)
-        except Exception as error:  # a defect or no memory: these calls end, the engine and the others go on
-            reason = f"{job.kind.value}: {type(error).__name__}: {error}"
-            print(f"engine: {reason} in calls {[s.call_id for s in job.streams]}", file=sys.stderr)
-            return {stream.call_id: reason for stream in job.streams}
+            failed = self.runner.run(job, now)
+            for call_id, reason in failed.items():
+                print(f"engine: {job.kind.value}: {reason} in call {call_id}", file=sys.stderr)
+            return failed
         finally:
             if self._timer:
                 seconds = self._timer() - begin

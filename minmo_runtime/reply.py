@@ -78,6 +78,7 @@ class Reply:
     is_voice_done: bool = False
     flow: Any = None  # model.flow.FlowState
     can_flow: bool = False  # the flow has a job
+    is_in_chunk: bool = False  # that job is an Euler step, not the encoding of a chunk
     is_mel_complete: bool = False
     mels: list[Any] = field(default_factory=list)  # [1, M, T] pieces, not yet vocoded
     vocoder_state: Any = None

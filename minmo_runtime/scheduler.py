@@ -18,7 +18,7 @@ from minmo_runtime.stream import Stream
 
 
 class JobKind(Enum):
-    """In the order of the walk. `is_batched`: one forward pass serves several calls."""
+    """In the order of the walk."""
 
     ENCODE = "encode"
     PREFILL = "prefill"
@@ -29,10 +29,6 @@ class JobKind(Enum):
     REPLAY = "replay"
     FINISH = "finish"
     ALIGN = "align"
-
-    @property
-    def is_batched(self) -> bool:
-        return self in (JobKind.ENCODE, JobKind.DECODE, JobKind.VOICE)
 
 
 class Urgency(IntEnum):
@@ -71,9 +67,12 @@ class Scheduler:
             return None
         ready.sort(key=lambda item: (item[0], _rank(item[0], item[1]), item[2].buffered_s(now)))
         _, kind, first = ready[0]
-        if not kind.is_batched:
-            return Job(kind, (first,))
-        return Job(kind, tuple(stream for _, other, stream in ready if other is kind))
+        rows = [stream for _, other, stream in ready if other is kind and _can_share(kind, first, stream)]
+        return Job(kind, tuple(rows[: self._most_rows(kind)]))
+
+    def _most_rows(self, kind: JobKind) -> int | None:
+        """A chunk of the flow fills a CPU core by itself: there, rows only make each other wait."""
+        return self.config.sound_rows if kind in (JobKind.FLOW, JobKind.VOCODE) else None
 
     def ready(self, stream: Stream, now: float) -> list[tuple[Urgency, JobKind, Stream]]:
         """What this call could do now: listening and speaking go side by side."""
@@ -121,6 +120,13 @@ class Scheduler:
         if reply.phase is ReplyPhase.SPEAKING and (reply.is_vocoded or reply.voice is None):
             return JobKind.FINISH
         return None
+
+
+def _can_share(kind: JobKind, first: Stream, other: Stream) -> bool:
+    """Encoding a chunk and an Euler step are different passes of the flow; any two Euler steps are one."""
+    if kind is not JobKind.FLOW:
+        return True
+    return first.replies[0].is_in_chunk == other.replies[0].is_in_chunk
 
 
 class PlainScheduler(Scheduler):

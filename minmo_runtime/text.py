@@ -250,7 +250,10 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         self._ids.append(token_id)
-        return "" if self._tokenizer.token(token_id).startswith("<0x") else self.finish()
+        if self._tokenizer.token(token_id).startswith("<0x"):
+            return ""
+        # Byte-level vocabularies (Qwen's) have no such names: there an open character decodes to the replacement sign.
+        return "" if self._tokenizer.decode(self._ids).endswith("\ufffd") else self.finish()
 
     def finish(self) -> str:
         """What is still held back."""

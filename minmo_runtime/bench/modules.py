@@ -73,7 +73,7 @@ def _features(rows: int) -> None:
 
 
 def _encoder(runner: Runner, rows: int) -> None:
-    encoder, rates = runner.encoder, runner.rates
+    encoder, rates = runner.hearing.encoder, runner.checkpoint.rates
     states = [encoder.init_state() for _ in range(rows)]
     chunk = torch.zeros(rows, runner.chunk_fbank_frames, encoder.dims.num_mel_bins)
     for _ in range(round(SECONDS / rates.encoder_chunk_s)):
@@ -84,7 +84,7 @@ def _encoder(runner: Runner, rows: int) -> None:
 
 def _llm(runner: Runner, rows: int) -> None:
     """As many text tokens as the voice consumes: 5 per 15 voice tokens."""
-    rates = runner.rates
+    rates = runner.checkpoint.rates
     slots = list(range(rows))
     runner.llm_cache.lengths[:rows] = [CONTEXT_TOKENS] * rows
     per_second = rates.text_per_block / (rates.voice_per_block * rates.voice_token_s)
@@ -95,34 +95,34 @@ def _llm(runner: Runner, rows: int) -> None:
 
 
 def _voice_lm(runner: Runner, rows: int) -> None:
-    rates, voice_lm = runner.rates, runner.voice_lm
+    rates, voice_lm = runner.checkpoint.rates, runner.voice_lm
     num_tokens = round(SECONDS / rates.voice_token_s)
     num_text = (num_tokens // rates.voice_per_block + 1) * rates.text_per_block
     streams = []
     for row in range(rows):
-        runner.voice_cache.reset(row)
+        runner.sound.voice_cache.reset(row)
         stream = voice_lm.new_stream(row, row, voice_lm.dims.rules(), voice_lm.dims.sampling())
         stream.push(torch.zeros(num_text, voice_lm.dims.hidden_size))
         streams.append(stream)
     while any(s.turn.phase is not Phase.DONE and len(s.turn.voice_tokens) < num_tokens for s in streams):
-        voice_lm.decode_step(streams, runner.voice_cache)
+        voice_lm.decode_step(streams, runner.sound.voice_cache)
 
 
 def _flow(runner: Runner, rows: int) -> None:
-    num_tokens = round(SECONDS / runner.rates.voice_token_s)
+    num_tokens = round(SECONDS / runner.checkpoint.rates.voice_token_s)
     for _ in range(rows):
-        state = runner.flow.new_state(runner.voice)
-        runner.flow.push(state, [1] * num_tokens, is_final=True)
-        while runner.flow.can_step(state):
-            runner.flow.step(state)
+        state = runner.sound.flow.new_state(runner.sound.voice)
+        runner.sound.flow.push(state, [1] * num_tokens, is_final=True)
+        while runner.sound.flow.can_step(state):
+            runner.sound.flow.step(state)
 
 
 def _vocoder(runner: Runner, rows: int) -> None:
-    flow = runner.flow.dims
-    frames = round(SECONDS / runner.rates.voice_token_s) * flow.frames_per_token
+    flow = runner.sound.flow.dims
+    frames = round(SECONDS / runner.checkpoint.rates.voice_token_s) * flow.frames_per_token
     chunk = flow.encoder.static_chunk_size * flow.frames_per_token
     mel = torch.from_numpy(np.random.default_rng(0).normal(-5, 1, (1, flow.num_mel_bins, frames)).astype(np.float32))
     for _ in range(rows):
-        state = runner.vocoder.new_state()
+        state = runner.sound.vocoder.new_state()
         for begin in range(0, frames, chunk):
-            runner.vocoder.push(mel[..., begin : begin + chunk], state, begin + chunk >= frames)
+            runner.sound.vocoder.push(mel[..., begin : begin + chunk], state, begin + chunk >= frames)

@@ -18,7 +18,9 @@ Legend: B rows, T mel frames, M mel bins, C channels, S samples, H harmonics + 1
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +33,7 @@ from minmo_runtime.model.dims import Dims
 _STAGE_SLOPE = 0.1  # leaky ReLU before each up-sampling; the last one, before conv_post, has torch's default 0.01
 _SINE_AMPLITUDE = 0.1
 _MAX_MAGNITUDE = 100.0
+_NOISE_SAMPLES = 1 << 17  # of the fixed noise of streamed turns; longer turns read it again
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,14 @@ class HiftState:
     mel: Tensor | None = None  # [B, M, overlap]
     source: Tensor | None = None  # [B, 1, overlap samples]
     tail: Tensor | None = None  # [B, overlap samples], held back for the cross-fade
+    start_frame: int = 0  # of `mel`, counted in the turn: where the noise is read
+
+    def take_row(self, whole: HiftState, row: int) -> None:
+        """Become row `row` of a stack."""
+        for name in ("mel", "source", "tail"):
+            part = getattr(whole, name)
+            setattr(self, name, None if part is None else part[row : row + 1])
+        self.start_frame = whole.start_frame
 
 
 class Snake(nn.Module):
@@ -235,6 +246,8 @@ class HiftVocoder(nn.Module):
         if not is_final and mel.shape[-1] <= dims.overlap_frames + (state.tail is not None):
             state.mel = mel
             return mel.new_zeros(mel.shape[0], 0)
+        if noise is None:
+            noise = self.noise(state.start_frame, mel)
         wave, source = self(mel, noise, state.source)
         overlap = self.fade.shape[0] // 2
         if state.tail is not None:
@@ -248,7 +261,40 @@ class HiftVocoder(nn.Module):
             source[..., -overlap:],
             wave[:, -overlap:],
         )
+        state.start_frame += mel.shape[-1] - dims.overlap_frames
         return wave[:, :-overlap]
+
+    def noise(self, first_frame: int, mel: Tensor) -> Tensor:
+        """The source's noise for these frames of a turn [1, S, H], read from a fixed table, so that a turn sounds the
+        same in any pieces and any company."""
+        dims = self.dims
+        first, count = first_frame * dims.samples_per_frame, mel.shape[-1] * dims.samples_per_frame
+        index = torch.arange(first, first + count).remainder(_NOISE_SAMPLES)
+        return _noise_table(dims.nb_harmonics + 1)[index].to(mel)[None]
+
+
+@functools.lru_cache(maxsize=2)
+def _noise_table(channels: int) -> Tensor:
+    return torch.randn(_NOISE_SAMPLES, channels, generator=torch.Generator().manual_seed(0))
+
+
+def groups_of_equal_shape(
+    mels: Sequence[Tensor], states: Sequence[HiftState], finals: Sequence[bool]
+) -> list[list[int]]:
+    """Which rows can share a pass: as many new and carried frames, at the same place of the noise, final or not."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for row, (mel, state, is_final) in enumerate(zip(mels, states, finals, strict=True)):
+        carried = 0 if state.mel is None else state.mel.shape[-1]
+        key = (mel.shape[-1], carried, state.tail is None, state.start_frame, is_final)
+        groups.setdefault(key, []).append(row)
+    return list(groups.values())
+
+
+def stack_states(states: Sequence[HiftState]) -> HiftState:
+    """States of one group as one."""
+    parts = [[getattr(state, name) for state in states] for name in ("mel", "source", "tail")]
+    mel, source, tail = (None if part[0] is None else torch.cat(part) for part in parts)
+    return HiftState(mel, source, tail, states[0].start_frame)
 
 
 def hift_keys(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -133,6 +133,10 @@ class VoiceTurn:
         rows, self._pending, self._is_fed = self._pending, [], True
         return rows
 
+    def give_back(self, rows: list[Row]) -> None:
+        """The pass that `next_rows` was called for has failed: the same rows will be asked for again."""
+        self._pending, self._is_fed = rows, False
+
     @property
     def banned(self) -> tuple[int, ...]:
         """Ids that may not be drawn now."""

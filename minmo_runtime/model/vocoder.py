@@ -7,12 +7,20 @@ Step 9 of the walk; what comes out is played from step 10 on. Knows nothing of e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from minmo_runtime.model.hift import HiftDims, HiftState, HiftVocoder, hift_keys
+from minmo_runtime.model.hift import (
+    HiftDims,
+    HiftState,
+    HiftVocoder,
+    groups_of_equal_shape,
+    hift_keys,
+    stack_states,
+)
 from minmo_runtime.model.source_filter import SourceFilterDims, SourceFilterState, SourceFilterVocoder
 
 Vocoder = HiftVocoder | SourceFilterVocoder
@@ -46,3 +54,29 @@ def samples_per_frame(vocoder: Vocoder) -> int:
 
 def sample_rate_hz(vocoder: Vocoder) -> int:
     return vocoder.dims.sampling_rate if isinstance(vocoder, HiftVocoder) else vocoder.dims.sample_rate_hz
+
+
+def push_rows(
+    vocoder: Vocoder, mels: Sequence[Tensor], states: Sequence[VocoderState], finals: Sequence[bool]
+) -> list[Tensor | Exception]:
+    """`push` for several turns: samples [S] of each, or what its row raised.
+
+    HiFT's rows of equal shape share one pass; the source-filter vocoder costs too little to be worth it.
+    """
+    made: list[Tensor | Exception | None] = [None] * len(mels)
+    if isinstance(vocoder, HiftVocoder):
+        hift_states = [state for state in states if isinstance(state, HiftState)]
+        for rows in groups_of_equal_shape(mels, hift_states, finals):
+            whole = stack_states([hift_states[row] for row in rows])
+            samples = vocoder.push(torch.cat([mels[row] for row in rows]), whole, finals[rows[0]])
+            for index, row in enumerate(rows):
+                hift_states[row].take_row(whole, index)
+                made[row] = samples[index]
+        return [samples for samples in made if samples is not None]
+    for row, (mel, state, is_final) in enumerate(zip(mels, states, finals, strict=True)):
+        assert isinstance(state, SourceFilterState)
+        try:
+            made[row] = vocoder.push(mel, state, is_final)[0]
+        except Exception as error:  # this row's own; its neighbours' sound is already made
+            made[row] = error
+    return [samples for samples in made if samples is not None]

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from minmo_runtime.model.backbone import Backbone, KvCache
@@ -202,12 +203,12 @@ class VoiceLm(nn.Module):
         emitted: list[int | None] = [None] * len(streams)
         if not fed:
             return emitted
-        embeds, num_new = self._stack(streams, fed)
-        hidden = self.trunk(
-            embeds=embeds, cache=cache, slots=[streams[index].slot for index, _ in fed], num_new=num_new
-        )
-        last = hidden[torch.arange(len(fed)), torch.tensor(num_new) - 1]  # [B, D]
-        scores = self.llm_decoder(last).float().cpu().numpy()
+        try:
+            scores = self._scores(streams, fed, cache)
+        except Exception:
+            for index, rows in fed:  # so that the step can be tried again with fewer rows
+                streams[index].turn.give_back(rows)
+            raise
         for row, (index, _) in enumerate(fed):
             stream = streams[index]
             if not np.isfinite(scores[row]).all():
@@ -217,6 +218,16 @@ class VoiceLm(nn.Module):
             token = ras_sample(scores[row], stream.turn.decoded, stream.sampling, stream.draw, stream.turn.banned)
             emitted[index] = stream.turn.accept(token)
         return emitted
+
+    def _scores(
+        self, streams: Sequence[VoiceStream], fed: list[tuple[int, list[Row]]], cache: KvCache
+    ) -> NDArray[np.float32]:
+        """[B, S + 3] of each row's last position."""
+        embeds, num_new = self._stack(streams, fed)
+        slots = [streams[index].slot for index, _ in fed]
+        hidden = self.trunk(embeds=embeds, cache=cache, slots=slots, num_new=num_new)
+        last = hidden[torch.arange(len(fed)), torch.tensor(num_new) - 1]  # [B, D]
+        return self.llm_decoder(last).float().cpu().numpy()
 
     def _stack(self, streams: Sequence[VoiceStream], fed: list[tuple[int, list[Row]]]) -> tuple[Tensor, list[int]]:
         """[B, T, D] padded with zeros on the right, and the rows per stream."""

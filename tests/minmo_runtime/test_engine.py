@@ -36,8 +36,8 @@ from minmo_runtime.config import RuntimeConfig
 from minmo_runtime.conversation import Message
 from minmo_runtime.ctc import GreedyCtc
 from minmo_runtime.engine import Engine
+from minmo_runtime.hearing import to_waveform
 from minmo_runtime.random_checkpoint import write_random_checkpoint
-from minmo_runtime.runner import to_waveform
 from minmo_runtime.scheduler import PlainScheduler, Scheduler
 from minmo_runtime.weights import Checkpoint, load_checkpoint
 
@@ -176,7 +176,7 @@ def test_nan_in_one_row_ends_that_row_only(checkpoint: Checkpoint) -> None:
     replies = [clock.engine.streams[call_id].replies[0] for call_id in ("good", "bad")]
     clock.run(until=lambda: all(r.voice is not None and len(r.voice.turn.voice_tokens) > 2 for r in replies))
     slot = clock.engine.streams["bad"].slot
-    for values in clock.engine.runner.voice_cache.values:
+    for values in clock.engine.runner.sound.voice_cache.values:
         values[slot] = torch.nan
     clock.run()
     assert [e.call_id for e in clock.of(StreamFailed)] == ["bad"]
@@ -292,7 +292,7 @@ def test_an_interrupted_turn_keeps_only_heard_words_and_the_overlap_opens_the_ne
     clock.send(opened("a"), Say(call_id="a", turn_id="s", text="one two three four five six."))
     clock.run()
     stream = clock.engine.streams["a"]
-    clock.engine.runner._heard_text = lambda truncation: "one two"  # type: ignore[method-assign]
+    clock.engine.runner.hearing.heard_text = lambda truncation: "one two"  # type: ignore[method-assign]
     stream.ear.overlap_text = ["no wait"]
     clock.send(CancelReply(call_id="a", turn_id="s", played_samples=20_000))
     clock.run()
@@ -322,7 +322,7 @@ def test_the_cache_holds_exactly_the_conversation_after_a_cut(checkpoint: Checkp
     clock.send(opened("a"))
     ask(clock, "a")
     clock.run()
-    clock.engine.runner._heard_text = lambda truncation: ""  # type: ignore[method-assign]
+    clock.engine.runner.hearing.heard_text = lambda truncation: ""  # type: ignore[method-assign]
     clock.send(CancelReply(call_id="a", turn_id="r", played_samples=100))
     clock.run()
     stream, runner = clock.engine.streams["a"], clock.engine.runner

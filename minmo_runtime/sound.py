@@ -1,0 +1,136 @@
+"""Jobs of the speaking side behind the text: voice tokens, mel, samples, and fixed sentences sent again.
+
+Several calls share one pass of the voice LM, of the flow (each at its own Euler step) and of the vocoder; a row's slot
+is its place in both caches here. Which job runs is decided in scheduler.py. Walk: step 9.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor
+
+from minmo_runtime.config import RuntimeConfig
+from minmo_runtime.model.interleave import Phase
+from minmo_runtime.model.vocoder import push_rows
+from minmo_runtime.reply import Reply
+from minmo_runtime.rows import StreamFailure, check, each
+from minmo_runtime.stream import Stream
+from minmo_runtime.weights import Checkpoint
+
+_PCM_SCALE = 32768.0
+
+
+class Sound:
+    """Owns the voice LM's and the flow's caches."""
+
+    def __init__(self, checkpoint: Checkpoint, config: RuntimeConfig, device: torch.device) -> None:
+        modules = checkpoint.modules
+        self.config = config
+        self.voice_lm, self.flow, self.vocoder = modules.voice_lm, modules.flow, modules.vocoder
+        self.output_projector = modules.output_projector
+        length = config.max_voice_tokens + 2 * config.max_reply_tokens + config.max_context_tokens
+        self.voice_cache = self.voice_lm.new_cache(config.max_streams, length)
+        self.flow_cache = self.flow.new_cache(config.max_streams, self.flow.dims.window_chunks(config.flow_window_s))
+        weight = self.flow.encoder_proj.weight
+        self.voice = checkpoint.default_voice().to(device, weight.dtype)
+
+    def free(self, slot: int) -> None:
+        """Nothing of the slot's last owner stays: a NaN would reach the next one."""
+        self.voice_cache.reset(slot)
+        self.flow_cache.reset(slot)
+
+    def begin(self, stream: Stream, reply: Reply) -> None:
+        """The reply's first spoken token is known."""
+        self.voice_cache.reset(stream.slot)
+        query = None
+        if self.output_projector is not None and reply.query_hidden:
+            last = slice(-self.output_projector.dims.max_query, None)  # 0 = all of it
+            hidden, embedding = torch.stack(reply.query_hidden[last]), torch.stack(reply.query_embedding[last])
+            query = self.output_projector.query(hidden, embedding)
+        dims = self.voice_lm.dims
+        seed = voice_seed(stream.seed, reply)
+        reply.voice = self.voice_lm.new_stream(stream.slot, seed, dims.rules(), dims.sampling(), query)
+        reply.flow = self.flow.new_state(self.voice, slot=stream.slot)
+        reply.vocoder_state = self.vocoder.new_state()
+
+    def voice_tokens(self, streams: list[Stream]) -> dict[str, str]:
+        """One voice token per call."""
+        replies = [stream.replies[0] for stream in streams]
+        tokens = self.voice_lm.decode_step([reply.voice for reply in replies], self.voice_cache)
+
+        def take(row: int, _: Stream) -> None:
+            reply, token = replies[row], tokens[row]
+            if reply.voice.is_failed:
+                raise StreamFailure("the voice LM gave NaN")
+            if len(reply.voice.turn.voice_tokens) >= self.config.max_voice_tokens:
+                reply.voice.turn.abandon()
+            reply.is_voice_done = reply.voice.turn.phase is Phase.DONE
+            reply.is_voice_waiting = token is None and not reply.is_voice_done
+            self.flow.push(reply.flow, [] if token is None else [token], is_final=reply.is_voice_done)
+            self._look_at_flow(reply)
+
+        return each(streams, take)
+
+    def _look_at_flow(self, reply: Reply) -> None:
+        reply.can_flow = self.flow.can_step(reply.flow)
+        reply.is_in_chunk = reply.flow.chunk is not None
+        reply.is_mel_complete = reply.is_voice_done and not reply.can_flow
+
+    def mel(self, streams: list[Stream]) -> dict[str, str]:
+        """One job of the flow for each: encode a chunk, or one Euler step of it."""
+        replies = [stream.replies[0] for stream in streams]
+        mels = self.flow.step_rows([reply.flow for reply in replies], self.flow_cache)
+
+        def take(row: int, _: Stream) -> None:
+            reply, mel = replies[row], mels[row]
+            if mel is not None and mel.shape[-1]:
+                check(mel, "the flow")
+                reply.mels.append(mel)
+            self._look_at_flow(reply)
+
+        return each(streams, take)
+
+    def samples(self, streams: list[Stream], now: float) -> dict[str, str]:
+        """The oldest waiting mel of each becomes sound."""
+        replies = [stream.replies[0] for stream in streams]
+        nothing = torch.zeros(1, self.flow.dims.num_mel_bins, 0, device=self.voice.device, dtype=self.voice.dtype)
+        mels = [reply.mels[0] if reply.mels else nothing for reply in replies]
+        finals = [reply.is_mel_complete and len(reply.mels) <= 1 for reply in replies]
+        made = push_rows(self.vocoder, mels, [reply.vocoder_state for reply in replies], finals)
+
+        def take(row: int, stream: Stream) -> None:
+            reply, waveform = replies[row], made[row]
+            if isinstance(waveform, Exception):
+                raise waveform
+            del reply.mels[:1]
+            check(waveform, "the vocoder")
+            stream.send_audio(reply, to_pcm(waveform).numpy(), now)
+            reply.is_vocoded = finals[row]
+
+        return each(streams, take)
+
+    def replay(self, streams: list[Stream], now: float) -> dict[str, str]:
+        """The next piece of sentences that were spoken before."""
+        return each(streams, lambda _, stream: self._replay(stream, now))
+
+    @staticmethod
+    def _replay(stream: Stream, now: float) -> None:
+        reply = stream.replies[0]
+        if not reply.sequence:
+            stream.send_text(reply, reply.forced_text)
+        if reply.replay:
+            stream.send_audio(reply, reply.replay.pop(0), now)
+        if not reply.replay:
+            stream.finish_reply(reply)
+
+
+def voice_seed(stream_seed: int, reply: Reply) -> int:
+    """A fixed sentence always gets the same dice, so that it sounds the same in each call."""
+    return zlib.crc32(f"{reply.forced_text}/{reply.style}".encode()) if reply.is_forced else stream_seed
+
+
+def to_pcm(waveform: Tensor) -> Tensor:
+    """[S] in [-1, 1] → int16, on the CPU."""
+    return (waveform.float() * _PCM_SCALE).round().clamp(-_PCM_SCALE, _PCM_SCALE - 1).to(torch.int16).cpu()
