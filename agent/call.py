@@ -184,7 +184,6 @@ class Call:
         if self._is_confirmed:
             return  # a re-INVITE
         self._is_confirmed = True
-        self.wire.answered(event.sample)
         self._out.append(Keep("answer_call", {"codec": event.codec}))
         self._floor(floor.Answered(), now)
 

@@ -1,7 +1,7 @@
 """Latencies of a call, from voiced energy in what crossed the wire: the leg's `WireMetric`s become per-turn figures.
 
 All positions are samples of the leg's clock, which counts both directions alike; the model's and the agent's own
-timers are never asked. Figures (milliseconds): `first_word_ms` answer -> first agent sound; `voice_to_voice_ms` end
+timers are never asked. Figures (milliseconds): `first_word_ms` ACK -> first agent sound; `voice_to_voice_ms` end
 of the caller's speech -> first sound of the answer; `duck_ms` caller's onset -> agent 12 dB quieter; `stop_ms`
 caller's onset -> agent's last sound, for a turn that was cut; `pause_ms` the same for one that was resumed.
 Definitions: docs/evaluation.md. Pure.
@@ -31,9 +31,6 @@ class WireTimes:
     _overlap_turn: str = ""
     _held_ms: float | None = None  # the agent fell silent in an overlap that is not decided yet
 
-    def answered(self, sample: int) -> None:
-        self._answered = sample
-
     def cut(self, turn_id: str) -> list[Figure]:
         """The floor was lost to the caller in this turn: its last sound, before or after now, is a stop."""
         self._cut_turns.add(turn_id)
@@ -55,6 +52,8 @@ class WireTimes:
     def hear(self, event: WireMetric, turn_id: str) -> list[Figure]:
         """Figures that became known, as arguments of CallStore.add_metric. `turn_id`: what the agent says now."""
         match event.kind:
+            case "answered":
+                self._answered = event.sample
             case "caller_onset":
                 self._is_caller_voiced = True
                 self._caller_offset = None

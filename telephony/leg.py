@@ -126,7 +126,8 @@ class MediaHealth(Message, frozen=True):
 class WireMetric(Message, frozen=True):
     """Timing measured from voiced energy in what crossed the socket, in samples of the leg clock.
 
-    kind: caller_onset | caller_offset | agent_onset | agent_offset | agent_ducked | agent_unducked.
+    kind: answered (the ACK; the clock may start after it, then `sample` is negative) | caller_onset | caller_offset |
+    agent_onset | agent_offset | agent_ducked | agent_unducked.
     """
 
     kind: str

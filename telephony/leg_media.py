@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
 
 from telephony.config import TelephonyConfig
 from telephony.frames import CallerAudio
-from telephony.leg import LegCommand, LegError, LegEvent, PlayoutProgress
+from telephony.leg import LegCommand, LegError, LegEvent, PlayoutProgress, WireMetric
 from telephony.playout import Playout
 from telephony.ring import AudioTick, LegRings, RecordKind, pack_audio
 from telephony.wire import encode, ring_commands
@@ -28,7 +29,7 @@ _KEPT_FREE_FOR_EVENTS = 1 << 16  # audio is dropped (and counted) before an even
 
 
 class LegMedia:
-    """Everything here but `local_commands`, `is_held` and `attach` belongs to the clock thread."""
+    """Everything here but `local_commands`, `is_held`, `confirmed` and `attach` belongs to the clock thread."""
 
     def __init__(self, leg_id: str, config: TelephonyConfig) -> None:
         self._playout = Playout(leg_id, config)
@@ -40,8 +41,14 @@ class LegMedia:
         self.local_commands: deque[LegCommand] = deque()  # from the worker itself (apology); append is atomic
         self.is_held = False
         self.dropped_frames = 0
+        self._leg_id, self._rate_hz = leg_id, config.sample_rate_hz
+        self._confirmed_at_s: float | None = None  # set by the main thread, taken by the next tick
 
     # -------------------------------------------------------------- main thread
+
+    def confirmed(self, at_s: float) -> None:
+        """The ACK came, at `at_s` of the monotonic clock: the next tick says where that is on the leg's clock."""
+        self._confirmed_at_s = at_s
 
     def attach(self, rings: LegRings | None, wake_fd: int = -1) -> None:
         """Give the agent's rings, or take them away (one atomic store)."""
@@ -71,7 +78,7 @@ class LegMedia:
         if self._sent is not None:  # the received half was skipped
             self.receive(b"")
         outlet = self._outlet
-        events: list[LegEvent] = []
+        events: list[LegEvent] = self._answered()
         if outlet is not None:
             for _, payload in outlet[0].to_worker.read():
                 events += self._apply(ring_commands.decode(payload))
@@ -102,6 +109,13 @@ class LegMedia:
         os.eventfd_write(wake_fd, 1)
 
     # ------------------------------------------------------------------ private
+
+    def _answered(self) -> list[LegEvent]:
+        confirmed_at_s, self._confirmed_at_s = self._confirmed_at_s, None
+        if confirmed_at_s is None:
+            return []
+        waited = round((time.monotonic() - confirmed_at_s) * self._rate_hz)
+        return [WireMetric(leg_id=self._leg_id, kind="answered", sample=self.sample - waited)]
 
     def _apply(self, command: LegCommand) -> list[LegEvent]:
         try:

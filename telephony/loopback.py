@@ -30,6 +30,7 @@ from telephony.leg import (
     Refer,
     ReferResult,
     Reject,
+    WireMetric,
 )  # fmt: skip
 from telephony.outgoing import OutgoingAudio
 from telephony.playout import Playout
@@ -181,6 +182,8 @@ class LoopbackLeg:
             for flushed in self._playout.apply(self._commands.popleft()):
                 self._emit(flushed)
         start_sample = self.sample
+        if start_sample == 0:
+            self._emit(WireMetric(leg_id=self.leg_id, kind="answered", sample=0))
         sent, events = self._playout.pull(num_samples, self._is_held)
         self._heard += sent
         received = self._received(num_samples, sent)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -221,6 +222,8 @@ class SipLeg(pj.Call):
         if state is self.state:
             return
         self.state = state
+        if state is LegState.CONFIRMED:
+            self.media.confirmed(time.monotonic())
         codec = self._codec() if state is LegState.CONFIRMED else ""
         self._sink(self, LegStateChanged(leg_id=self.leg_id, state=state, sample=self.media.sample, codec=codec))
         if state is LegState.CONFIRMED and self._cause is None:

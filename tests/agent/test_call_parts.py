@@ -126,10 +126,21 @@ def heard(times: WireTimes, *metrics: tuple[str, int]) -> list[tuple[str, float]
 
 def test_voice_to_voice_counts_from_the_last_word() -> None:
     times = WireTimes(8_000)
-    times.answered(0)
     assert heard(times, ("caller_onset", 800), ("caller_offset", 8_000), ("agent_onset", 13_600)) == [
-        ("first_word_ms", 1_700.0), ("voice_to_voice_ms", 700.0),
+        ("voice_to_voice_ms", 700.0),
     ]  # fmt: skip
+
+
+def test_first_word_counts_from_the_ack_which_may_lie_before_the_leg_clock_began() -> None:
+    assert heard(WireTimes(8_000), ("answered", -120), ("agent_onset", 80)) == [("first_word_ms", 25.0)]
+    early_media = WireTimes(8_000)
+    assert heard(early_media, ("answered", 24_000), ("agent_onset", 26_000), ("agent_onset", 90_000)) == [
+        ("first_word_ms", 250.0),
+    ]  # fmt: skip
+
+
+def test_a_call_that_another_agent_answered_has_no_first_word() -> None:
+    assert heard(WireTimes(8_000), ("agent_onset", 80_000)) == []
 
 
 def test_answer_that_begins_before_the_offset_is_reported_is_measured_too() -> None:

@@ -64,6 +64,16 @@ async def test_answer_confirms_the_leg_with_its_codec_and_then_audio_flows(rig):
     assert not any(isinstance(event, AudioFrame) for event in rig.events[:confirmed_at])
 
 
+async def test_the_ack_has_its_place_on_the_leg_clock_and_what_waited_for_it_is_heard_at_once(rig, tone):
+    await rig.until(lambda: rig.of(LegIncoming))
+    await play(rig, tone(0.5))
+    await rig.answer()
+    onset = await rig.until(lambda: [event.sample for event in rig.of(WireMetric) if event.kind == "agent_onset"])
+    answered = [event.sample for event in rig.of(WireMetric) if event.kind == "answered"]
+    assert len(answered) == 1 and -RATE // 2 < answered[0] <= 0
+    assert 0 <= onset[0] - answered[0] < RATE // 2
+
+
 async def test_frames_follow_each_other_without_gap_on_the_leg_clock(rig):
     await rig.answer()
     await rig.until(lambda: len(rig.of(AudioFrame)) >= 20)
