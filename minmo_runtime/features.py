@@ -56,12 +56,17 @@ def num_frames(num_samples: int) -> int:
 
 def fbank(waveform: Tensor, num_mel_bins: int = 80) -> Tensor:
     """Log-mel energies without dither. [..., S] in [-1, 1] -> [..., T, M]"""
-    frames = (waveform * _PCM_SCALE).unfold(-1, WINDOW_SAMPLES, HOP_SAMPLES)  # [..., T, 400]
+    return log_mel(waveform * _PCM_SCALE, hamming_window(), num_mel_bins)
+
+
+def log_mel(samples: Tensor, window: Tensor, num_mel_bins: int) -> Tensor:
+    """Kaldi's fbank of samples on any scale with any window of 25 ms. [..., S] -> [..., T, M]"""
+    frames = samples.unfold(-1, WINDOW_SAMPLES, HOP_SAMPLES)  # [..., T, 400]
     frames = frames - frames.mean(-1, keepdim=True)
     previous = torch.cat([frames[..., :1], frames[..., :-1]], dim=-1)
-    frames = (frames - PREEMPHASIS * previous) * hamming_window().to(waveform.device)
+    frames = (frames - PREEMPHASIS * previous) * window.to(samples.device)
     power = torch.fft.rfft(frames, n=FFT_SIZE).abs().square()
-    return (power @ mel_filters(num_mel_bins).to(waveform.device)).clamp(min=_LOG_FLOOR).log()
+    return (power @ mel_filters(num_mel_bins).to(samples.device)).clamp(min=_LOG_FLOOR).log()
 
 
 def stack_frames(features: Tensor, lfr_m: int, lfr_n: int) -> Tensor:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -246,8 +247,9 @@ class VoiceEncoder(nn.Module):
         self.tags = nn.ModuleDict(
             {group: nn.Linear(dims.output_size, len(names)) for group, names in self._tag_names() if names}
         )
-        self.register_buffer("cmvn_shift", torch.zeros(dims.num_mel_bins), persistent=dims.has_cmvn)
-        self.register_buffer("cmvn_scale", torch.ones(dims.num_mel_bins), persistent=dims.has_cmvn)
+        width = dims.num_mel_bins * dims.lfr_m  # normalised as they enter: frame by frame, or stacked
+        self.register_buffer("cmvn_shift", torch.zeros(width), persistent=dims.has_cmvn)
+        self.register_buffer("cmvn_scale", torch.ones(width), persistent=dims.has_cmvn)
 
     def _tag_names(self) -> list[tuple[str, tuple[str, ...]]]:
         return [("language", self.dims.languages), ("emotion", self.dims.emotions), ("event", self.dims.events)]
@@ -292,7 +294,8 @@ class VoiceEncoder(nn.Module):
                 f"front_end = {dims.front_end!r}: a full-context encoder cannot stream; re-run it per segment"
             )
         keep = ConvFront.KERNEL - 1
-        zeros = torch.zeros
+        weight = self.ctc["ctc_lo"].weight
+        zeros = partial(torch.zeros, device=weight.device, dtype=weight.dtype)
         layers = [
             LayerState(
                 zeros(batch_size, dims.left_context_frames, dims.output_size),
@@ -302,7 +305,7 @@ class VoiceEncoder(nn.Module):
             for _ in range(dims.num_blocks)
         ]
         front = (zeros(batch_size, dims.num_mel_bins, keep), zeros(batch_size, dims.output_size, keep))
-        return EncoderState(front, layers, zeros(batch_size, dtype=torch.long))
+        return EncoderState(front, layers, torch.zeros(batch_size, dtype=torch.long, device=weight.device))
 
     def forward_chunk(self, features: Tensor, state: EncoderState) -> tuple[Tensor, EncoderState]:
         """One chunk of every row: [B, 4 * chunk_frames, M] -> hidden [B, chunk_frames, D] and the new state."""
@@ -311,7 +314,7 @@ class VoiceEncoder(nn.Module):
         x, front = self.encoder.front.forward_chunk(self.normalise(features), state.front)
         length, context = x.shape[1], self.dims.left_context_frames
         first_real = context - state.num_frames.clamp(max=context)  # [B]
-        mask = (torch.arange(context + length) >= first_real.unsqueeze(1))[:, None, None, :]
+        mask = (torch.arange(context + length, device=x.device) >= first_real.unsqueeze(1))[:, None, None, :]
         layers = []
         for block, layer_state in zip(self.encoder.blocks(), state.layers, strict=True):
             x, layer_state = block.forward_chunk(x, layer_state, mask)

@@ -1,5 +1,6 @@
-"""Where the golden vectors are: `--golden-dir`, else the committed fixtures, else `../shared/reference`; a test
-without its vectors skips."""
+"""Where the golden vectors are: `--golden-dir`, else `../shared/reference`, else the committed fixtures; a test
+without its vectors skips. How they are read: golden.py.
+"""
 
 from __future__ import annotations
 
@@ -18,3 +19,12 @@ def golden_dir(request: pytest.FixtureRequest) -> Path:
     if not folder.is_dir():
         pytest.skip("no golden vectors here")
     return folder
+
+
+@pytest.fixture(scope="session")
+def listing_dir(golden_dir: Path) -> Path:
+    """Where the full-size key listings are: they come with set A only, whatever `--golden-dir` says."""
+    for folder in (golden_dir, REFERENCE):
+        if (folder / "cosyvoice2_llm.json").is_file():
+            return folder
+    pytest.skip("no full-size listings here")

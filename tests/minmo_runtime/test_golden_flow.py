@@ -1,36 +1,29 @@
-"""The flow against golden vectors of the reference code (tiny sizes, random weights); see the reference folder's
-README.
-"""
+"""The flow against golden vectors of the reference code (small sizes, random weights)."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
-from minmo_runtime.model.flow import Flow, FlowDims
+from minmo_runtime.model.flow import Flow, FlowDims, _noise_table
 from minmo_runtime.model.flow_encoder import chunk_mask
-
-Tensors = dict[str, Tensor]
-LISTING = Path(__file__).parents[3] / "shared" / "reference" / "cosyvoice2_flow.json"
+from tests.minmo_runtime.golden import Case, Tensors, max_error, scenario, scenarios
 
 
-def max_error(made: Tensor, expected: Tensor) -> float:
-    assert made.shape == expected.shape, (made.shape, expected.shape)
-    return float((made - expected).abs().max())
-
-
-def golden_dims(config: dict[str, object]) -> FlowDims:
+def golden_dims(config: dict[str, Any]) -> FlowDims:
     """The reference's constructor values in our names."""
     encoder, estimator, cfm = config["encoder"], config["estimator"], config["cfm"]
-    assert isinstance(encoder, dict) and isinstance(estimator, dict) and isinstance(cfm, dict)
+    assert config["input_size"] == encoder["output_size"], "the reference's up_embed is built with input_size"
+    assert estimator["static_chunk_size"] == encoder["up_stride"] * encoder["static_chunk_size"]
+    assert len(estimator["channels"]) == 1 and estimator["num_decoding_left_chunks"] == -1
     return FlowDims.from_dict(
         {
             "vocab_size": config["vocab_size"],
+            "num_mel_bins": config["output_size"],
+            "token_rate_hz": config["input_frame_rate"],
             "spk_embed_dim": config["spk_embed_dim"],
             "n_timesteps": cfm["n_timesteps"],
             "t_scheduler": cfm["t_scheduler"],
@@ -39,9 +32,16 @@ def golden_dims(config: dict[str, object]) -> FlowDims:
             "encoder": {
                 **{
                     k: encoder[k]
-                    for k in ("output_size", "attention_heads", "linear_units", "num_blocks", "num_up_blocks")
+                    for k in (
+                        "output_size",
+                        "attention_heads",
+                        "linear_units",
+                        "num_blocks",
+                        "num_up_blocks",
+                        "static_chunk_size",
+                        "up_stride",
+                    )
                 },
-                "static_chunk_size": encoder["static_chunk_size"],
                 "pre_lookahead_len": config["pre_lookahead_len"],
             },
             "estimator": {
@@ -53,70 +53,114 @@ def golden_dims(config: dict[str, object]) -> FlowDims:
 
 
 @pytest.fixture(scope="module")
-def case(golden_dir: Path) -> tuple[Flow, Tensors]:
-    if not (golden_dir / "flow_config.json").exists():
-        pytest.skip("no golden vectors of the flow here")
-    flow = Flow(golden_dims(json.loads((golden_dir / "flow_config.json").read_text()))).eval()
-    flow.load_state_dict(load_file(golden_dir / "flow_weights.safetensors"), strict=True)
-    return flow, load_file(golden_dir / "flow_io.safetensors")
+def config(golden_dir: Path) -> dict[str, Any]:
+    return Case(golden_dir, "flow").config
 
 
-def vectors(io: Tensors, scenario: str) -> Tensors:
-    """One scenario's vectors; skips when this golden folder does not hold them."""
-    found = {key[len(scenario) + 1 :]: value for key, value in io.items() if key.startswith(scenario + ".")}
-    if not found:
-        pytest.skip(f"{scenario} is not in this golden folder")
-    return found
+@pytest.fixture(scope="module")
+def case(golden_dir: Path, config: dict[str, Any]) -> tuple[Flow, Tensors]:
+    files = Case(golden_dir, "flow")
+    flow = Flow(golden_dims(config)).eval()
+    flow.load_state_dict(files.weights(), strict=True)
+    return flow, files.vectors()
 
 
-@pytest.mark.parametrize("scenario", ["enc_full", "enc_full_ctx", "enc_full_batch", "enc_stream", "enc_stream_ctx"])
 @torch.inference_mode()
-def test_encoder_equals_the_reference(case: tuple[Flow, Tensors], scenario: str) -> None:
+def test_encoder_equals_the_reference(case: tuple[Flow, Tensors]) -> None:
+    """The look-ahead goes through the same input layer and only into the look-ahead convolution; the rest is padded."""
     flow, io = case
-    v = vectors(io, scenario)
-    hidden, valid = flow.encoder(v["in.xs"], v["in.xs_lens"], v.get("in.context"), "stream" in scenario)
-    assert torch.equal(valid, v["out.mask"][:, 0].bool())
-    assert max_error(hidden * valid[..., None], v["out.h"] * valid[..., None]) < 1e-4
+    for name in scenarios(io, "enc_"):
+        v, seen = scenario(io, name), {}
+        encoder = flow.encoder
+        hooks = [
+            module.register_forward_hook(lambda _, __, made, part=part, seen=seen: seen.__setitem__(part, made))
+            for part, module in (("embed_x", encoder.embed), ("up_embed", encoder.up_embed))
+        ]
+        hidden, valid = encoder(v["in.xs"], v["in.xs_lens"], v.get("in.context"), "stream" in name)
+        for hook in hooks:
+            hook.remove()
+        assert torch.equal(valid, v["out.mask"][:, 0].bool()), name
+        # Padding of the reference's batch is not zeroed.
+        assert max_error(hidden * valid[..., None], v["out.h"] * valid[..., None]) < 1e-4, name
+        if "mid.embed_x" in v and "in.context" not in v:  # with a context our layer runs once over both
+            assert max_error(seen["embed_x"], v["mid.embed_x"]) < 1e-4, name
+        if "mid.up_embed" in v:
+            assert max_error(seen["up_embed"], v["mid.up_embed"]) < 1e-4, name
 
 
-@pytest.mark.parametrize("scenario", ["est_full", "est_full_pad", "est_stream", "est_stream_pad"])
 @torch.inference_mode()
-def test_estimator_equals_the_reference(case: tuple[Flow, Tensors], scenario: str) -> None:
+def test_estimator_equals_the_reference(case: tuple[Flow, Tensors]) -> None:
     flow, io = case
-    v = vectors(io, scenario)
-    attention = (
-        chunk_mask(v["in.x"].shape[-1], 2 * flow.dims.encoder.static_chunk_size, -1) if "stream" in scenario else None
-    )
-    inputs = (v["in.x"], v["in.mu"], v["in.t"], v["in.spks"], v["in.cond"])
-    made = flow.decoder.estimator(*inputs, v["in.mask"][:, 0].bool(), attention)
-    assert max_error(made, v["out.y"]) < 1e-4
+    chunk = flow.dims.frames_per_token * flow.dims.encoder.static_chunk_size
+    for name in scenarios(io, "est_"):
+        v, seen = scenario(io, name), {}
+        estimator = flow.decoder.estimator
+        hook = estimator.time_mlp.register_forward_hook(lambda _, __, made, seen=seen: seen.update(time=made))
+        attention = chunk_mask(v["in.x"].shape[-1], chunk, -1) if "stream" in name else None
+        inputs = (v["in.x"], v["in.mu"], v["in.t"], v["in.spks"], v["in.cond"])
+        made = estimator(*inputs, v["in.mask"][:, 0].bool(), attention)
+        hook.remove()
+        assert max_error(made, v["out.y"]) < 1e-4, name
+        if "mid.time_emb" in v:
+            assert max_error(seen["time"], v["mid.time_emb"]) < 1e-4, name
 
 
-@pytest.mark.parametrize("scenario", ["cfm_loss_full", "cfm_loss_stream"])
 @torch.inference_mode()
-def test_matching_loss_equals_the_reference(case: tuple[Flow, Tensors], scenario: str) -> None:
+def test_matching_loss_equals_the_reference(case: tuple[Flow, Tensors], config: dict[str, Any]) -> None:
+    """Time in the loss is uniform, not cosine-warped; a row keeps its conditions above the rate."""
     flow, io = case
-    v = vectors(io, scenario)
-    loss = flow.matching_loss(
-        v["in.x1"],
-        v["in.mu"],
-        v["in.mask"][:, 0].bool(),
-        v["in.spks"],
-        v["in.cond"],
-        v["rand.t"][:, 0, 0],
-        v["rand.z"],
-        v["rand.cfg_uniform"] > 0.2,
-        "stream" in scenario,
-    )
-    assert abs(float(loss) - float(v["out.loss"])) < 1e-4
+    for name in scenarios(io, "cfm_loss"):
+        v = scenario(io, name)
+        loss = flow.matching_loss(
+            v["in.x1"],
+            v["in.mu"],
+            v["in.mask"][:, 0].bool(),
+            v["in.spks"],
+            v["in.cond"],
+            v["rand.t"][:, 0, 0],
+            v["rand.z"],
+            v["rand.cfg_uniform"] > config["cfm"]["training_cfg_rate"],
+            "stream" in name,
+        )
+        assert max_error(loss, v["out.loss"]) < 1e-4, name
+
+
+def test_start_noise_and_times_are_the_references(case: tuple[Flow, Tensors]) -> None:
+    """The noise is one table for all turns, aligned to the start of the prompt; its values are pinned to the digit."""
+    flow, io = case
+    noise = scenario(io, "e2e")["in.rand_noise"]
+    table = _noise_table(flow.dims.num_mel_bins)
+    assert torch.equal(table[..., : noise.shape[-1]], noise)
+    if table.shape == (1, 80, 15_000):
+        assert table[0, 0, :3].tolist() == pytest.approx([-1.1258398, -1.1523602, -0.2505786], abs=1e-6)
+        assert float(table.double().sum()) == pytest.approx(-1291.2014, abs=1e-3)
+    if "t_span" in io:
+        assert max_error(torch.tensor(flow.time_points()), io["t_span"]) < 1e-6
+
+
+@torch.inference_mode()
+def test_mean_and_steps_inside_a_turn_equal_the_reference(case: tuple[Flow, Tensors]) -> None:
+    flow, io = case
+    v = scenario(io, "e2e")
+    for name in sorted({key.split(".")[0] for key in v if key.startswith("streaming_")}):
+        inner = {key[len(name) + 1 :]: value for key, value in v.items() if key.startswith(name)}
+        if "mid.mu" not in inner:
+            continue
+        tokens, context = torch.cat((v["in.prompt_token"], v["in.token"]), dim=1), None
+        if name.endswith("finalize_0"):
+            ahead = flow.dims.encoder.pre_lookahead_len
+            tokens, context = tokens[:, :-ahead], tokens[:, -ahead:]
+        is_streaming = name.startswith("streaming_1")
+        mu, _ = flow.mean(tokens, torch.tensor([tokens.shape[1]]), context, is_streaming)
+        assert max_error(mu.transpose(1, 2), inner["mid.mu"]) < 1e-4, name
 
 
 @pytest.mark.parametrize("streaming", [0, 1])
 @pytest.mark.parametrize("finalize", [0, 1])
 def test_tokens_to_mel_equals_the_reference(case: tuple[Flow, Tensors], streaming: int, finalize: int) -> None:
     flow, io = case
-    v = vectors(io, "e2e")
-    expected = vectors(io, f"e2e.streaming_{streaming}_finalize_{finalize}")["out.mel"]
+    v = scenario(io, "e2e")
+    expected = scenario(io, f"e2e.streaming_{streaming}_finalize_{finalize}")["out.mel"]
     made = flow(
         v["in.token"],
         v["in.embedding"],
@@ -130,8 +174,8 @@ def test_tokens_to_mel_equals_the_reference(case: tuple[Flow, Tensors], streamin
 
 def test_tokens_to_mel_without_prompt_equals_the_reference(case: tuple[Flow, Tensors]) -> None:
     flow, io = case
-    v = vectors(io, "e2e")
-    expected = vectors(io, "e2e_noprompt")["out.mel"]
+    v = scenario(io, "e2e")
+    expected = scenario(io, "e2e_noprompt")["out.mel"]
     errors = [max_error(flow(v["in.token"], v["in.embedding"], is_streaming=s), expected) for s in (False, True)]
     assert min(errors) < 2e-4, errors
 
@@ -139,7 +183,7 @@ def test_tokens_to_mel_without_prompt_equals_the_reference(case: tuple[Flow, Ten
 def test_streamed_turn_equals_the_reference(case: tuple[Flow, Tensors]) -> None:
     """Caches and single steps instead of the reference's re-run of the whole history."""
     flow, io = case
-    v = vectors(io, "e2e")
+    v = scenario(io, "e2e")
     state = flow.new_state(v["in.embedding"], v["in.prompt_token"][0].tolist(), v["in.prompt_feat"].transpose(1, 2))
     mels = []
     for token in v["in.token"][0].tolist():
@@ -153,10 +197,15 @@ def test_streamed_turn_equals_the_reference(case: tuple[Flow, Tensors]) -> None:
     assert max_error(made, v["streaming_1_finalize_1.out.mel"]) < 2e-4
 
 
-@pytest.mark.skipif(not LISTING.exists(), reason="no full-size listing here")
-def test_full_size_listing_loads_strictly() -> None:
-    listing = json.loads(LISTING.read_text())["tensors"]
-    with torch.device("meta"):
-        flow = Flow(FlowDims())
-        weights = {name: torch.empty(entry["shape"]) for name, entry in listing.items()}
-    flow.load_state_dict(weights, strict=True, assign=True)
+@torch.inference_mode()
+def test_aligned_prefix_is_the_start_of_the_longer_mel(case: tuple[Flow, Tensors]) -> None:
+    """Only if prompt and tokens fill whole chunks: the reference differs otherwise, so a caller must align."""
+    flow, io = case
+    v, prefix = scenario(io, "e2e"), scenario(io, "e2e_prefix")
+    made = {}
+    for which in ("short", "long"):
+        tokens = v["in.token"][:, : int(prefix[f"in.n_token_{which}"])]
+        prompt = v["in.prompt_token"], v["in.prompt_feat"].transpose(1, 2)
+        made[which] = flow(tokens, v["in.embedding"], *prompt, is_streaming=True, is_final=False)
+        assert max_error(made[which], prefix[f"out.mel_{which}"]) < 2e-4
+    assert max_error(made["long"][..., : made["short"].shape[-1]], made["short"]) < 1e-4

@@ -1,37 +1,23 @@
-"""HiFT and the voice-side mel against golden vectors of the reference code; see the reference folder's README."""
+"""HiFT, the mels and the whole way from voice tokens to samples against golden vectors of the reference code."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
-from minmo_runtime.mel import MelConfig, MelSpectrogram
+from minmo_runtime.mel import MelConfig, MelSpectrogram, mel_filterbank
+from minmo_runtime.model.flow import Flow
 from minmo_runtime.model.hift import HiftDims, HiftVocoder, hift_keys
 from minmo_runtime.model.vocoder import build_vocoder, load_vocoder
-
-Tensors = dict[str, Tensor]
-LISTING = Path(__file__).parents[3] / "shared" / "reference" / "cosyvoice2_hift.json"
-
-
-def max_error(made: Tensor, expected: Tensor) -> float:
-    assert made.shape == expected.shape, (made.shape, expected.shape)
-    return float((made - expected).abs().max())
+from minmo_runtime.whisper_mel import campplus_fbank, whisper_filters, whisper_mel
+from tests.minmo_runtime.golden import Case, Tensors, max_error, scenario, scenarios
+from tests.minmo_runtime.test_golden_flow import golden_dims as flow_dims
 
 
-def vectors(io: Tensors, scenario: str) -> Tensors:
-    """One scenario's vectors; skips when this golden folder does not hold them."""
-    found = {key[len(scenario) + 1 :]: value for key, value in io.items() if key.startswith(scenario + ".")}
-    if not found:
-        pytest.skip(f"{scenario} is not in this golden folder")
-    return found
-
-
-def golden_dims(config: dict[str, object]) -> HiftDims:
+def golden_dims(config: dict[str, Any]) -> HiftDims:
     """The reference's constructor values in our names."""
     names = (
         "in_channels base_channels f0_cond_channels nb_harmonics sampling_rate nsf_sigma nsf_voiced_threshold "
@@ -39,24 +25,24 @@ def golden_dims(config: dict[str, object]) -> HiftDims:
     ).split()
     table = {name: config[name] for name in names}
     dilations, istft = config["resblock_dilation_sizes"], config["istft"]
-    assert isinstance(dilations, list) and isinstance(istft, dict) and all(row == dilations[0] for row in dilations)
+    both = [*dilations, *config["source_resblock_dilation_sizes"]]
+    assert all(row == dilations[0] for row in both) and config["lrelu_slope"] == 0.1 and config["nsf_alpha"] == 0.1
     table |= {"resblock_dilation_sizes": dilations[0], "istft_n_fft": istft["n_fft"], "istft_hop_len": istft["hop_len"]}
     return HiftDims.from_dict(table)
 
 
 @pytest.fixture(scope="module")
 def case(golden_dir: Path) -> tuple[HiftVocoder, Tensors]:
-    if not (golden_dir / "hift_config.json").exists():
-        pytest.skip("no golden vectors of HiFT here")
-    vocoder = HiftVocoder(golden_dims(json.loads((golden_dir / "hift_config.json").read_text()))).eval()
-    vocoder.load_state_dict(load_file(golden_dir / "hift_weights.safetensors"), strict=True)
-    return vocoder, load_file(golden_dir / "hift_io.safetensors")
+    files = Case(golden_dir, "hift")
+    vocoder = HiftVocoder(golden_dims(files.config)).eval()
+    vocoder.load_state_dict(files.weights(), strict=True)
+    return vocoder, files.vectors()
 
 
 @torch.inference_mode()
 def test_mel_to_wave_equals_the_reference(case: tuple[HiftVocoder, Tensors]) -> None:
     vocoder, io = case
-    v = vectors(io, "full")
+    v = scenario(io, "full")
     f0_hz = vocoder.f0_predictor(v["in.mel"])
     assert max_error(f0_hz, v["out.f0"]) < 1e-3
     if "mid.sines" in v:
@@ -69,14 +55,14 @@ def test_mel_to_wave_equals_the_reference(case: tuple[HiftVocoder, Tensors]) -> 
 @torch.inference_mode()
 def test_decode_of_a_given_source_equals_the_reference(case: tuple[HiftVocoder, Tensors]) -> None:
     vocoder, io = case
-    v = vectors(io, "decode")
+    v = scenario(io, "decode")
     assert max_error(vocoder.decode(v["in.mel"], v["in.source"]), v["out.wav"]) < 1e-4
 
 
 @torch.inference_mode()
 def test_streamed_pieces_equal_the_reference(case: tuple[HiftVocoder, Tensors]) -> None:
     vocoder, io = case
-    v = vectors(io, "stream")
+    v = scenario(io, "stream")
     state, start = vocoder.new_state(), 0
     sizes = v["in.chunk_frames"].tolist()
     for index, size in enumerate(sizes):
@@ -89,7 +75,7 @@ def test_streamed_pieces_equal_the_reference(case: tuple[HiftVocoder, Tensors]) 
 @torch.inference_mode()
 def test_old_weight_norm_names_and_prefix_load_and_fold(case: tuple[HiftVocoder, Tensors]) -> None:
     vocoder, io = case
-    v = vectors(io, "full")
+    v = scenario(io, "full")
     old = {
         "generator."
         + name.replace(".parametrizations.weight.original0", ".weight_g").replace(
@@ -103,26 +89,123 @@ def test_old_weight_norm_names_and_prefix_load_and_fold(case: tuple[HiftVocoder,
     assert max_error(loaded.decode(v["in.mel"], v["out.source"]), v["out.wav"]) < 5e-4
 
 
-@pytest.mark.skipif(not LISTING.exists(), reason="no full-size listing here")
-def test_full_size_listing_loads_strictly() -> None:
-    listing = json.loads(LISTING.read_text())["tensors"]
-    with torch.device("meta"):
-        vocoder = HiftVocoder(HiftDims())
-        weights = {name: torch.empty(entry["shape"]) for name, entry in listing.items()}
-    vocoder.load_state_dict(weights, strict=True, assign=True)
+@torch.inference_mode()
+def test_source_is_voiced_where_the_reference_says(case: tuple[HiftVocoder, Tensors]) -> None:
+    vocoder, io = case
+    v = scenario(io, "full")
+    if "mid.uv" not in v:
+        pytest.skip("full.mid.uv is not in this golden folder")
+    voiced = (v["out.f0"] > vocoder.dims.nsf_voiced_threshold).repeat_interleave(vocoder.dims.samples_per_frame, dim=1)
+    assert torch.equal(voiced[..., None].to(torch.uint8), v["mid.uv"])
 
 
-@pytest.mark.parametrize(
-    ("scenario", "high_hz"), [("mel24k_0", 8000.0), ("mel24k_1", 8000.0), ("mel24k_fmaxnone_0", 12000.0)]
-)
-def test_mel_equals_the_reference(golden_dir: Path, scenario: str, high_hz: float) -> None:
-    if not (golden_dir / "mel_io.safetensors").exists():
-        pytest.skip("no golden vectors of the mel here")
-    io = load_file(golden_dir / "mel_io.safetensors")
-    expected = vectors(io, scenario)["out.mel"]
-    waveform = io[scenario.replace("_fmaxnone", "") + ".in.wav"]
-    made = MelSpectrogram(MelConfig(high_hz=high_hz))(waveform[None])[0]
-    assert max_error(made, expected) < 1e-4
+@torch.inference_mode()
+def test_streamed_pieces_put_together_are_the_references_wave(case: tuple[HiftVocoder, Tensors]) -> None:
+    vocoder, io = case
+    v = scenario(io, "stream")
+    state, start, made = vocoder.new_state(), 0, []
+    sizes = v["in.chunk_frames"].tolist()
+    for index, size in enumerate(sizes):
+        noise = v[f"chunk{index}.rand.noise_raw"]
+        made.append(vocoder.push(v["in.mel"][..., start : start + size], state, index == len(sizes) - 1, noise))
+        start += size
+    assert max_error(torch.cat(made, dim=1), v["out.concat"]) < 5e-4
+
+
+# ------------------------------------------------------- voice tokens to samples
+
+
+@pytest.fixture(scope="module")
+def voice(golden_dir: Path) -> tuple[Flow, HiftVocoder, Tensors, list[dict[str, Any]]]:
+    """Flow and vocoder of this folder, the vectors of the whole way, and what each call of the reference was given."""
+    files = Case(golden_dir, "tts_stream")
+    flow_files, hift_files = Case(golden_dir, "flow"), Case(golden_dir, "hift")
+    flow, vocoder = Flow(flow_dims(flow_files.config)).eval(), HiftVocoder(golden_dims(hift_files.config)).eval()
+    flow.load_state_dict(flow_files.weights(), strict=True)
+    vocoder.load_state_dict(hift_files.weights(), strict=True)
+    return flow, vocoder, files.vectors(), files.facts["calls"]
+
+
+@torch.inference_mode()
+def test_voice_tokens_to_samples_at_once_equal_the_reference(
+    voice: tuple[Flow, HiftVocoder, Tensors, list[dict[str, Any]]],
+) -> None:
+    flow, vocoder, v, _ = voice
+    prompt = v["in.prompt_token"], v["in.prompt_feat"].transpose(1, 2)
+    mel = flow(v["in.token"], v["in.embedding"], *prompt, is_streaming=False)
+    wave, _ = vocoder(mel, v["nonstream.rand.noise_raw"])
+    assert max_error(wave, v["nonstream.out.wav"]) < 1e-3
+
+
+@torch.inference_mode()
+def test_voice_tokens_to_samples_call_by_call_equal_the_reference(
+    voice: tuple[Flow, HiftVocoder, Tensors, list[dict[str, Any]]],
+) -> None:
+    """The reference's calls with its faults: each re-runs the whole history, hops grow, the last has no chunk mask."""
+    flow, vocoder, v, calls = voice
+    prompt = v["in.prompt_token"], v["in.prompt_feat"].transpose(1, 2)
+    state, pieces = vocoder.new_state(), []
+    for index, call in enumerate(calls):
+        is_final = bool(call["finalize"])
+        tokens = v["in.token"][:, : call["n_token"]]
+        mel = flow(tokens, v["in.embedding"], *prompt, is_streaming=bool(call["stream"]), is_final=is_final)
+        new = mel[..., call["token_offset"] * flow.dims.frames_per_token :]
+        pieces.append(vocoder.push(new, state, is_final, v[f"call{index}.rand.noise_raw"]))
+        assert pieces[-1].shape[1] == call["wav_len"]
+        assert max_error(pieces[-1], v[f"call{index}.out.wav"]) < 1e-3, f"call {index}"
+    assert max_error(torch.cat(pieces, dim=1), v["out.wav"]) < 1e-3
+
+
+@torch.inference_mode()
+def test_our_own_streaming_keeps_the_chunk_mask_to_the_last_piece(
+    voice: tuple[Flow, HiftVocoder, Tensors, list[dict[str, Any]]],
+) -> None:
+    """The right thing in place of the reference's fault: one mask for the whole turn, and no token is run twice."""
+    flow, _, v, _ = voice
+    prompt_mel = v["in.prompt_feat"].transpose(1, 2)
+    state = flow.new_state(v["in.embedding"], v["in.prompt_token"][0].tolist(), prompt_mel)
+    flow.push(state, v["in.token"][0].tolist(), is_final=True)
+    mels = []
+    while flow.can_step(state):
+        mels.append(flow.step(state))
+    made = torch.cat([mel for mel in mels if mel is not None], dim=-1)
+    whole = flow(v["in.token"], v["in.embedding"], v["in.prompt_token"], prompt_mel, is_streaming=True)
+    assert max_error(made, whole) < 2e-4
+
+
+# ------------------------------------------------------------------------- mels
+
+
+@pytest.fixture(scope="module")
+def mels(golden_dir: Path) -> Tensors:
+    return Case(golden_dir, "mel").vectors()
+
+
+def test_mel_equals_the_reference(mels: Tensors) -> None:
+    config = MelConfig()
+    if "mel24k.mel_basis_fmax8000" in mels:
+        assert max_error(mel_filterbank(config), mels["mel24k.mel_basis_fmax8000"]) < 1e-6
+    for name in scenarios(mels, "mel24k_"):
+        # fmax "none" is the vocoder's training variant, up to half the sample rate
+        high_hz = config.sample_rate_hz / 2 if "fmaxnone" in name else config.high_hz
+        waveform = mels[name.replace("_fmaxnone", "") + ".in.wav"]
+        made = MelSpectrogram(MelConfig(high_hz=high_hz))(waveform[None])[0]
+        assert max_error(made, mels[f"{name}.out.mel"]) < 1e-4, name
+
+
+def test_whisper_mel_equals_the_reference(mels: Tensors) -> None:
+    if "whisper128.mel_filters" in mels:
+        assert max_error(whisper_filters(), mels["whisper128.mel_filters"]) < 1e-6
+    for name in scenarios(mels, "whisper128_"):
+        v = scenario(mels, name)
+        assert max_error(whisper_mel(v["in.wav"], len(v["out.mel"])), v["out.mel"]) < 1e-4, name
+
+
+def test_speaker_fbank_equals_the_reference(mels: Tensors) -> None:
+    """Not scaled to int16, as the parent feeds it; the log floor is near, hence the wider bound."""
+    for name in scenarios(mels, "campplus_fbank_"):
+        made = campplus_fbank(mels[name.replace("campplus_fbank", "whisper128") + ".in.wav"])
+        assert max_error(made, mels[f"{name}.out"]) < 2e-3, name
 
 
 def test_unknown_kind_is_refused_by_name() -> None:

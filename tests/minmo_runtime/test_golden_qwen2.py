@@ -2,82 +2,88 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from minmo_runtime.model.backbone import Backbone
 from minmo_runtime.model.dims import BackboneDims
+from tests.minmo_runtime.golden import Case, Tensors, max_error, scenario
 
-GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
-REFERENCE = Path(__file__).parents[3] / "shared" / "reference"
 TOLERANCE = 1e-4
+NOT_SIZES = ("hidden_act", "attention_bias")  # Qwen2 has one of either
 
 
-@pytest.fixture(scope="module", params=[GOLDEN, REFERENCE], ids=["fixtures", "reference"])
-def golden(request: pytest.FixtureRequest) -> tuple[Backbone, dict[str, torch.Tensor]]:
-    folder: Path = request.param
-    if not (folder / "qwen2_weights.safetensors").exists():
-        pytest.skip(f"no golden vectors in {folder.name}")
-    config = json.loads((folder / "qwen2_config.json").read_text())
-    sizes = {key: value for key, value in config.items() if key not in ("hidden_act", "attention_bias")}
+@pytest.fixture(scope="module")
+def case(golden_dir: Path) -> Case:
+    return Case(golden_dir, "qwen2")
+
+
+@pytest.fixture(scope="module")
+def io(case: Case) -> Tensors:
+    return case.vectors()
+
+
+@pytest.fixture
+def model(case: Case) -> Backbone:
+    sizes = {key: value for key, value in case.config.items() if key not in NOT_SIZES}
     model = Backbone(BackboneDims.from_dict(sizes))
-    model.load_state_dict(load_file(folder / "qwen2_weights.safetensors"))
-    return model.eval(), load_file(folder / "qwen2_io.safetensors")
+    model.load_state_dict(case.weights(), strict=True)
+    return model.eval()
 
 
 @torch.no_grad()
-def test_single_sequence_equals_transformers(golden: tuple[Backbone, dict[str, torch.Tensor]]) -> None:
-    model, io = golden
-    ids = io["single.in.input_ids"]
-    assert torch.equal(model.embed(ids), io["single.out.hidden_0"])
-    hidden = model(ids)
-    torch.testing.assert_close(hidden, io["single.out.hidden_3"], atol=TOLERANCE, rtol=0)
-    torch.testing.assert_close(model.logits(hidden), io["single.out.logits"], atol=TOLERANCE, rtol=0)
+def test_single_sequence_equals_transformers_layer_by_layer(model: Backbone, io: Tensors) -> None:
+    v, made = scenario(io, "single"), []
+    # transformers' last hidden state is behind the final norm, which `forward` returns.
+    for layer in list(model.model.layers)[:-1]:
+        layer.register_forward_hook(lambda _, __, hidden: made.append(hidden))
+    last = model(v["in.input_ids"])
+    assert torch.equal(model.embed(v["in.input_ids"]), v["out.hidden_0"])
+    for index, hidden in enumerate([*made, last], start=1):
+        assert max_error(hidden, v[f"out.hidden_{index}"]) < TOLERANCE, f"layer {index}"
+    assert max_error(model.logits(last), v["out.logits"]) < TOLERANCE
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padded_batch_equals_transformers(golden: tuple[Backbone, dict[str, torch.Tensor]], side: str) -> None:
-    model, io = golden
-    mask = io[f"{side}pad.in.attention_mask"]
-    hidden = model(
-        io[f"{side}pad.in.input_ids"], attention_mask=mask, position_ids=io.get(f"{side}pad.in.position_ids")
-    )
-    real = mask.bool()
-    torch.testing.assert_close(model.logits(hidden)[real], io[f"{side}pad.out.logits"][real], atol=TOLERANCE, rtol=0)
+def test_padded_batch_equals_transformers(model: Backbone, io: Tensors, side: str) -> None:
+    v = scenario(io, f"{side}pad")
+    mask = v["in.attention_mask"]
+    hidden = model(v["in.input_ids"], attention_mask=mask, position_ids=v.get("in.position_ids"))
+    real = mask.bool()  # padded rows are zeroed in the vectors
+    assert max_error(model.logits(hidden)[real], v["out.logits"][real]) < TOLERANCE
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("is_fused", [False, True])
-def test_chunked_cache_equals_transformers(golden: tuple[Backbone, dict[str, torch.Tensor]], is_fused: bool) -> None:
-    model, io = golden
+def test_chunked_cache_equals_transformers(model: Backbone, io: Tensors, is_fused: bool) -> None:
+    """Whatever the pieces: how the reference cut its input does not matter with a cache."""
+    ids, expected = scenario(io, "single")["in.input_ids"], scenario(io, "chunked")["out.logits"]
     if is_fused:
         model.fuse()
-    cache = model.new_cache(num_slots=2, max_length=64)
-    pieces = io["single.in.input_ids"].split([10, 1, 14, 6], dim=1)
-    logits = torch.cat([model.logits(model(piece, cache=cache, slots=[1])) for piece in pieces], dim=1)
-    torch.testing.assert_close(logits, io["chunked.out.logits"], atol=TOLERANCE, rtol=0)
-    assert cache.lengths == [0, 31]
+    length = ids.shape[1]
+    cache = model.new_cache(num_slots=2, max_length=length)
+    sizes = [length // 3, 1, length - length // 3 - 1]
+    logits = torch.cat([model.logits(model(piece, cache=cache, slots=[1])) for piece in ids.split(sizes, dim=1)], dim=1)
+    assert max_error(logits, expected) < TOLERANCE
+    assert cache.lengths == [0, length]
 
 
 @torch.no_grad()
-def test_greedy_tokens_equal_transformers(golden: tuple[Backbone, dict[str, torch.Tensor]]) -> None:
-    model, io = golden
-    cache = model.new_cache(num_slots=1, max_length=64)
-    token = model.logits(model(io["single.in.input_ids"], cache=cache)[:, -1:]).argmax(-1)
+def test_greedy_tokens_equal_transformers(model: Backbone, io: Tensors) -> None:
+    ids, expected = scenario(io, "single")["in.input_ids"], scenario(io, "greedy")["out.tokens"].flatten().tolist()
+    cache = model.new_cache(num_slots=1, max_length=ids.shape[1] + len(expected))
+    token = model.logits(model(ids, cache=cache)[:, -1:]).argmax(-1)
     tokens = [int(token)]
-    while len(tokens) < 16:
+    while len(tokens) < len(expected):
         token = model.logits(model(token, cache=cache)).argmax(-1)
         tokens.append(int(token))
-    assert tokens == io["greedy.out.tokens"].tolist()
+    assert tokens == expected
 
 
 @torch.no_grad()
-def test_input_vectors_equal_transformers(golden: tuple[Backbone, dict[str, torch.Tensor]]) -> None:
-    model, io = golden
-    logits = model.logits(model(embeds=io["embeds.in.inputs_embeds"]))
-    torch.testing.assert_close(logits, io["embeds.out.logits"], atol=TOLERANCE, rtol=0)
+def test_input_vectors_equal_transformers(model: Backbone, io: Tensors) -> None:
+    v = scenario(io, "embeds")
+    assert max_error(model.logits(model(embeds=v["in.inputs_embeds"])), v["out.logits"]) < TOLERANCE

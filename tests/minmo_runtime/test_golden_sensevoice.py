@@ -1,82 +1,141 @@
-"""The voice encoder reproduces SenseVoice: features, blocks, tags, log-probabilities; and streaming equals offline."""
+"""The voice encoder reproduces SenseVoice: front end, blocks, queries, log-probabilities; and streaming equals
+offline."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from minmo_runtime.features import FbankStream, fbank, stack_frames
+from minmo_runtime.full_context import EVENT_EMOTION_ROWS, LANGUAGE_ROWS, TEXT_NORM_ROWS, query_rows
 from minmo_runtime.model.dims import EncoderDims
 from minmo_runtime.model.encoder import EncoderState, VoiceEncoder, collapse
+from minmo_runtime.public_files import read_am_mvn
+from tests.minmo_runtime.golden import Case, Tensors, max_error, scenario, scenarios
 
 
 @pytest.fixture(scope="module")
-def golden(golden_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(golden_dir / "sensevoice_io.safetensors")
+def case(golden_dir: Path) -> Case:
+    return Case(golden_dir, "sensevoice")
 
 
 @pytest.fixture(scope="module")
-def parent(golden_dir: Path) -> VoiceEncoder:
-    model = json.loads((golden_dir / "sensevoice_config.json").read_text())["model"]
-    dims = EncoderDims(
-        output_size=model["output_size"],
-        attention_heads=model["attention_heads"],
-        linear_units=model["linear_units"],
-        num_blocks=model["num_blocks"],
-        tp_blocks=model["tp_blocks"],
-        vocab_size=model["vocab_size"],
-        kernel_size=model["kernel_size"],
+def config(case: Case) -> dict[str, Any]:
+    return case.config
+
+
+@pytest.fixture(scope="module")
+def io(case: Case) -> Tensors:
+    return case.vectors()
+
+
+def golden_dims(config: dict[str, Any], weights: Tensors, **changes: Any) -> EncoderDims:
+    """The reference's constructor values in our names."""
+    model, front = config["model"], config["frontend"]
+    assert model["sanm_shfit"] == 0, "shifted FSMN taps: SenseVoice has none"
+    names = "output_size attention_heads linear_units num_blocks tp_blocks vocab_size kernel_size".split()
+    return EncoderDims(
+        **{name: model[name] for name in names},
+        num_mel_bins=front["n_mels"],
         front_end="lfr",
-        lfr_m=7,
-        lfr_n=6,
+        lfr_m=front["lfr_m"],
+        lfr_n=front["lfr_n"],
         fsmn_padding="symmetric",
-        num_queries=16,
+        num_queries=len(weights["embed.weight"]),
+        **changes,
     )
-    encoder = VoiceEncoder(dims).eval()
-    encoder.load_state_dict(load_file(golden_dir / "sensevoice_weights.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def parent(case: Case, config: dict[str, Any]) -> VoiceEncoder:
+    weights = case.weights()
+    encoder = VoiceEncoder(golden_dims(config, weights)).eval()
+    encoder.load_state_dict(weights, strict=True)
     return encoder
 
 
-def test_fbank_equals_kaldi(golden: dict[str, torch.Tensor]) -> None:
-    for name in [key.split(".")[0] for key in golden if key.endswith("in.wav")]:
-        torch.testing.assert_close(fbank(golden[f"{name}.in.wav"]), golden[f"{name}.out.fbank"], atol=2e-3, rtol=0)
+def test_front_end_is_the_references(case: Case, config: dict[str, Any], io: Tensors) -> None:
+    """Kaldi fbank, stacking, then mean and variance from am.mvn (whose "mean" row is already negated)."""
+    front = config["frontend"]
+    for name in scenarios(io, "frontend"):
+        v = scenario(io, name)
+        features = fbank(v["in.wav"], front["n_mels"])
+        assert max_error(features, v["out.fbank"]) < 2e-3
+        mvn = case.folder / "sensevoice_am.mvn"
+        if not mvn.is_file():
+            continue
+        shift, scale = read_am_mvn(mvn)
+        stacked = stack_frames(v["out.fbank"], front["lfr_m"], front["lfr_n"])
+        assert len(stacked) == int(v["out.n"])
+        assert max_error((stacked + shift) * scale, v["out.feats"]) < 1e-4  # from the reference's own fbank
+        ours = (stack_frames(features, front["lfr_m"], front["lfr_n"]) + shift) * scale
+        assert max_error(ours, v["out.feats"]) < 2e-3
 
 
-def test_frame_stacking_for_every_length(golden: dict[str, torch.Tensor]) -> None:
-    for key in [key for key in golden if key.startswith("lfr.in.")]:
-        torch.testing.assert_close(
-            stack_frames(golden[key], 7, 6), golden[key.replace(".in.", ".out.")], atol=0, rtol=0
-        )
+def test_the_encoder_applies_the_file_of_means_by_itself(case: Case, config: dict[str, Any], io: Tensors) -> None:
+    mvn = case.folder / "sensevoice_am.mvn"
+    if not mvn.is_file():
+        pytest.skip("sensevoice_am.mvn is not in this golden folder")
+    weights = case.weights()
+    encoder = VoiceEncoder(golden_dims(config, weights, has_cmvn=True)).eval()
+    shift, scale = read_am_mvn(mvn)
+    encoder.load_state_dict({**weights, "cmvn_shift": shift, "cmvn_scale": scale}, strict=True)
+    front = config["frontend"]
+    for name in scenarios(io, "frontend"):
+        v = scenario(io, name)
+        stacked = stack_frames(v["out.fbank"], front["lfr_m"], front["lfr_n"])
+        assert max_error(encoder.normalise(stacked), v["out.feats"]) < 1e-4
+
+
+def test_frame_stacking_for_every_length(config: dict[str, Any], io: Tensors) -> None:
+    front, v = config["frontend"], scenario(io, "lfr")
+    for key in [key for key in v if key.startswith("in.")]:
+        assert torch.equal(stack_frames(v[key], front["lfr_m"], front["lfr_n"]), v[key.replace("in.", "out.")])
 
 
 @torch.no_grad()
-def test_encoder_blocks(golden: dict[str, torch.Tensor], parent: VoiceEncoder) -> None:
-    lengths = golden["encoder.in.lens"].long()
-    hidden = parent.encoder(golden["encoder.in.xs"], lengths)
-    for row, length in enumerate(lengths.tolist()):
-        torch.testing.assert_close(hidden[row, :length], golden["encoder.out.hidden"][row, :length], atol=1e-4, rtol=0)
+def test_encoder_blocks(io: Tensors, parent: VoiceEncoder) -> None:
+    v = scenario(io, "encoder")
+    seen: Tensors = {}
+    stack = parent.encoder
+    for name, module in (
+        ("encoders0", stack.encoders0[-1]),
+        ("encoders_last", stack.encoders[-1]),
+        ("after_norm", stack.after_norm),
+    ):
+        module.register_forward_hook(lambda _, __, made, name=name: seen.__setitem__(name, made))
+    lengths = v["in.lens"].long()
+    hidden = stack(v["in.xs"], lengths)
+    pairs = {name: (made, v[f"mid.{name}"]) for name, made in seen.items() if f"mid.{name}" in v}
+    pairs["hidden"] = (hidden, v["out.hidden"])
+    for name, (made, expected) in pairs.items():
+        for row, length in enumerate(lengths.tolist()):
+            assert max_error(made[row, :length], expected[row, :length]) < 1e-4, name
+
+
+def test_query_rows_are_the_references(config: dict[str, Any]) -> None:
+    assert config["lid"] == LANGUAGE_ROWS
+    assert config["textnorm"] == TEXT_NORM_ROWS
+    assert config["event_emo_ids"] == list(EVENT_EMOTION_ROWS)
+    with pytest.raises(ValueError, match=r"language 'xx': must be one of auto, zh, en, yue, ja, ko, nospeech"):
+        query_rows("xx")
 
 
 @torch.no_grad()
-def test_full_model_with_queries(golden: dict[str, torch.Tensor], parent: VoiceEncoder, golden_dir: Path) -> None:
-    config = json.loads((golden_dir / "sensevoice_config.json").read_text())
-    facts = json.loads((golden_dir / "sensevoice_facts.json").read_text())
-    for name, fact in facts.items():
+def test_full_model_with_queries(case: Case, io: Tensors, parent: VoiceEncoder) -> None:
+    for name, fact in case.facts.items():
         if not name.startswith("full"):
             continue
-        features, lengths = golden[f"{name}.in.feats"], golden[f"{name}.in.lens"].long()
-        norm = config["textnorm"]["withitn" if fact["use_itn"] else "woitn"]
-        rows = [config["lid"][fact["language"]], *config["event_emo_ids"], norm]
+        v = scenario(io, name)
+        features, lengths = v["in.feats"], v["in.lens"].long()
+        rows = query_rows(fact["language"], has_itn=fact["use_itn"])
         queries = torch.tensor(rows).expand(len(features), -1)
         log_probs = parent.ctc_log_probs(parent(features, lengths + len(rows), queries))
         for row, length in enumerate((lengths + len(rows)).tolist()):
-            torch.testing.assert_close(
-                log_probs[row, :length], golden[f"{name}.out.log_probs"][row, :length], atol=1e-4, rtol=0
-            )
+            assert max_error(log_probs[row, :length], v["out.log_probs"][row, :length]) < 1e-4
             assert collapse(log_probs[row, :length].argmax(-1)) == fact["ctc_greedy_token_ids"][row]
 
 
