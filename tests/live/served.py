@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from agent.app import free_port
@@ -27,7 +28,6 @@ from storage.orders import Order, list_orders, seed_demo_shop
 from storage.recordings import RecordingReader
 from storage.search import CallReader
 from tests.live.baresip import Baresip
-from tests.live.speech import clip
 from tests.live.stack import ENVIRONMENT
 
 START_WITHIN_S = 240.0  # the first start speaks the fixed sentences; the machine may be busy with something else
@@ -102,10 +102,10 @@ def wait_for(condition: Callable[[], bool], within_s: float, what: str) -> None:
         time.sleep(0.1)
 
 
-def ask(served: Served, peer: Baresip, ani: str, name: str, answer: str) -> None:
+def ask(served: Served, peer: Baresip, ani: str, said: np.ndarray, answer: str) -> None:
     """Says a clip until the agent answers with these words, at most three times, as a caller on a bad line does."""
     for _ in range(3):
-        peer.say(clip(name))
+        peer.say(said)
         with contextlib.suppress(TimeoutError):
             wait_for(lambda: served.has_said(ani, answer), 25, f"no answer {answer!r}")
             return

@@ -98,11 +98,10 @@ _NOTIFY = """<send retrans="500"><![CDATA[
 """
 
 
-def referred_scenario(refer_to: str, answer: str, outcome: str, *, is_bye_ours: bool = False) -> str:
+def referred_scenario(refer_to: str, answer: str, outcome: str) -> str:
     """The call of SCENARIO, in which a REFER to exactly `refer_to` comes; SIPp fails on any other target.
 
-    `answer`: what the REFER gets. `outcome`: what NOTIFYs report in the end ("" = none come). Then the agent says BYE,
-    or the call goes on for the pause and ends with our BYE.
+    `answer`: what the REFER gets. `outcome`: what the NOTIFYs report in the end ("" = none come). The call goes on.
     """
     target = f"^ *<{re.escape(refer_to)}> *$".replace("<", "&lt;").replace(">", "&gt;").replace("\\-", "-")
     steps = f"""  <recv request="REFER"><action>
@@ -113,9 +112,7 @@ def referred_scenario(refer_to: str, answer: str, outcome: str, *, is_bye_ours: 
     if outcome:
         steps += _NOTIFY.format(cseq=2, state="active;expires=60", status="100 Trying")
         steps += _NOTIFY.format(cseq=3, state="terminated;reason=noresource", status=outcome)
-    if is_bye_ours:
-        return _CALL + steps + _PAUSE_AND_BYE.replace("CSeq: 2 BYE", "CSeq: 4 BYE")
-    return _CALL + steps + '  <recv request="BYE"/>\n  ' + _ANSWER.format(status="200 OK") + "</scenario>\n"
+    return _CALL + steps + _PAUSE_AND_BYE.replace("CSeq: 2 BYE", "CSeq: 4 BYE")
 
 
 def mu_law(samples: np.ndarray) -> bytes:

@@ -14,7 +14,7 @@ from agent.demo_script import STATUS_WORDS  # noqa: E402
 from tests.live.baresip import baresip, silence  # noqa: E402
 from tests.live.served import Served, ask, tools_of, wait_for, what_was  # noqa: E402
 from tests.live.sip_agent import RATE, loud_seconds, similarity, tone_agent, until, warble  # noqa: E402
-from tests.live.speech import recognised, seconds_found, word_error_of  # noqa: E402
+from tests.live.speech import clip, recognised, seconds_found, word_error_of  # noqa: E402
 from tests.live.stack import whole_stack  # noqa: E402
 
 pytestmark = [pytest.mark.live, pytest.mark.peers("baresip")]
@@ -101,7 +101,7 @@ def test_baresip_asks_and_is_answered_with_speech_that_is_understood_on_both_sid
     """With the shipped weights: words both ways, judged by what each side has kept of the other's sound."""
     with baresip(tmp_path / "b", silence(170), f"sip:100@{served.address}", user="ada", quits_after_s=170) as peer:
         wait_for(lambda: served.has_said("ada", "how can i help you"), 60, "no greeting")
-        ask(served, peer, "ada", "hours_day", "on saturday we are open")
+        ask(served, peer, "ada", clip("hours_day"), "on saturday we are open")
         peer.press("b")
         call = served.closed_call_of("ada")
         peer.press("q")
