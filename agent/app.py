@@ -149,8 +149,7 @@ class Stack:
         await self.children["engine"].ready.wait()
         link = EngineLink(self.run_folder / ENGINE_SOCKET)
         try:
-            persona = policy.campaigns[0].persona.introduction(policy.campaigns[0].shop)
-            await rendering.render(await link.runtime(), folder, texts, persona)
+            await rendering.render(await link.runtime(), folder, texts, rendering.prompt(policy))
         except rendering.Untrained as error:
             raise StartError(f"UNTRAINED: parts of the checkpoint have no trained weights: {error}") from error
         finally:

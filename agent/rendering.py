@@ -8,6 +8,7 @@ apologies).
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
 import hashlib
 import itertools
 import wave
@@ -18,6 +19,8 @@ from agent.call_setup import CACHED_PURPOSES
 from agent.prompts.lines import LineBook
 from minmo_runtime import api
 from policies.campaign import Campaign
+from policies.engine import PolicyEngine
+from policies.facts import CallFacts
 
 STREAM_ID = "rendering"
 MAX_SENTENCE_S = 15
@@ -67,6 +70,12 @@ def load(folder: Path, texts: Iterable[str]) -> tuple[dict[str, bytes], int]:
                 rate = file.getframerate()
                 audio[text] = file.readframes(file.getnframes())
     return audio, rate
+
+
+def prompt(policy: PolicyEngine) -> str:
+    """As in a call of the first campaign: the voice was not trained on any other form."""
+    facts = CallFacts(call_id=STREAM_ID, did=policy.campaigns[0].dids[0], started_at=dt.datetime.now(dt.UTC))
+    return policy.system_prompt(facts)
 
 
 async def render(runtime: api.Runtime, folder: Path, texts: Iterable[str], system_prompt: str) -> None:

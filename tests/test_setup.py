@@ -133,6 +133,20 @@ def test_every_pin_of_pyproject_agrees_with_the_constraints() -> None:
 # ---------------------------------------------------------------- sizes
 
 
+def test_a_wheel_carries_every_file_that_lies_in_a_package() -> None:
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    carried = {
+        path
+        for package, patterns in setuptools["package-data"].items()
+        for pattern in patterns
+        for path in (ROOT / package.replace(".", "/")).glob(pattern)
+    }
+    ours = {name.partition(".")[0] for name in setuptools["packages"]}
+    present = {path for name in ours for path in (ROOT / name).rglob("*") if path.is_file()}
+    code = {path for path in present if path.suffix in (".py", ".pyc")}
+    assert not sorted(str(path.relative_to(ROOT)) for path in present - code - carried)
+
+
 def test_an_overgrown_weight_file_is_named() -> None:
     script = load_script(ROOT / "scripts" / "check_sizes.py")
     weights = script.CHECKPOINTS / "nano" / "llm.safetensors"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import random
 import re
 import tomllib
 from pathlib import Path
@@ -11,12 +12,16 @@ from typing import Any, get_type_hints
 
 import pytest
 
+from agent import rendering
+from agent.checkpoint import SHIPPED_CHECKPOINT, checkpoint_facts
 from agent.config import DERIVED, Config, ConfigError, build_config, load_config
 from agent.config_file import field_docstrings, render
 from agent.prompts.lines import LineBook
 from minmo_runtime import text
+from minmo_runtime.training.dialogues import DialogueWriter
 from policies.engine import PolicyEngine
 from policies.facts import CallFacts, CheckpointFacts
+from policies.speaking_style import instruction
 
 CONFIG_TOML = Path(__file__).resolve().parents[2] / "config.toml"
 SECTIONS = get_type_hints(Config)
@@ -129,13 +134,28 @@ def test_the_shipped_campaigns_use_known_lines(policies: PolicyEngine) -> None:
     assert len(policies.campaigns) == 2
 
 
-def test_the_prompt_is_the_one_the_model_was_trained_on(policies: PolicyEngine, call_facts: CallFacts) -> None:
-    campaign = policies.campaign_for(call_facts.did)
+@pytest.mark.parametrize("did", ["100", "200"])
+@pytest.mark.parametrize("num_missed", [0, 2])
+def test_the_prompt_is_the_one_the_model_was_trained_on(policies: PolicyEngine, did: str, num_missed: int) -> None:
+    now = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+    facts = CallFacts(call_id="c1", did=did, started_at=now, num_turns_not_understood=num_missed)
+    campaign = policies.campaign_for(did)
     assert campaign is not None
     trained = text.system_prompt(
-        campaign.persona.name, campaign.shop, policies.style(call_facts).instruction, campaign.order_digits
+        campaign.persona.name, campaign.shop, policies.style(facts).instruction, campaign.order_digits
     )
-    assert policies.system_prompt(call_facts) == trained
+    assert policies.system_prompt(facts) == trained
+
+
+def test_style_instructions_are_sentences_of_the_training_dialogues(policies: PolicyEngine) -> None:
+    opened = [DialogueWriter(random.Random(seed), "train", 0.0).write(0)[0].text for seed in range(400)]
+    trained = {match[0] for line in opened if (match := re.search(r"speak in [^.]*\.", line))}
+    facts = checkpoint_facts(SHIPPED_CHECKPOINT)
+    assert {instruction(emotion, rate) for emotion in facts.emotions for rate in facts.rates} <= trained
+
+
+def test_fixed_sentences_are_spoken_under_the_prompt_of_a_call(policies: PolicyEngine, call_facts: CallFacts) -> None:
+    assert rendering.prompt(policies) == policies.system_prompt(call_facts)
 
 
 def test_every_notice_the_policies_can_ask_for_has_its_words(policies: PolicyEngine, call_facts: CallFacts) -> None:
