@@ -54,6 +54,21 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """A live file that skips itself as a whole (`importorskip`) has no test that could be counted."""
+    report = yield
+    if report.skipped and collector.path.parent.name == "live":
+        reason = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
+        _skipped_live[collector.nodeid] = reason
+        if are_peers_required():
+            report.outcome = "failed"
+            report.longrepr = f"skipped, and MINMO_REQUIRE_PEERS=1: {reason}"
+    return report
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     """The very last line, after pytest's own summary."""
     if _skipped_live and not are_peers_required():
