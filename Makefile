@@ -40,7 +40,7 @@ bench: venv
 
 peers:
 	apt-get update
-	apt-get install -y --no-install-recommends baresip-core sip-tester sipsak kamailio chromium fonts-liberation postgresql
+	apt-get install -y --no-install-recommends baresip-core sip-tester sipsak kamailio chromium fonts-liberation postgresql libspeexdsp1
 
 venv venv-dev venv-train: setup_python
 	@$(SETUP) scripts/setup_venv.py $(if $(filter venv,$@),run,$(subst venv-,,$@))

@@ -1,4 +1,4 @@
-"""The command line: `minmo serve | demo | call | train | eval | bench | doctor | db | campaign`.
+"""The command line: `minmo serve | demo | call | train | eval | lab | bench | doctor | db | campaign`.
 
 Thin: each command reads the settings, calls one function elsewhere and turns its answer into text and an exit status.
 Modules are imported inside the commands: `minmo db show` does not wait for torch, and runs where an extra is missing.
@@ -136,6 +136,14 @@ def train(
 def evaluate(context: typer.Context) -> None:
     """Measure recognition, task success and barge-in as defined in docs/evaluation.md."""
     from agent.evaluate import main as run
+
+    raise typer.Exit(run(context.args))
+
+
+@app.command(context_settings=PASS_ON)
+def lab(context: typer.Context) -> None:
+    """Real calls over a line spoiled on purpose (loss, jitter, echo, noise), timed from the RTP; --help says more."""
+    from agent.lab.run import main as run
 
     raise typer.Exit(run(context.args))
 

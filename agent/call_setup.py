@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from agent.floor import TurnTakingConfig
 from agent.prompts.lines import CallLines
@@ -35,4 +36,5 @@ class CallSetup:
 
     def floor_rules(self) -> TurnTakingConfig:
         """The operator's turn taking, with the manner of the campaign over it."""
-        return replace(self.turn_taking, **self.policy.duplex(self.facts).values)
+        values: dict[str, Any] = {**self.policy.duplex(self.facts).values}
+        return replace(self.turn_taking, **values)

@@ -22,6 +22,7 @@ from agent.config import Config
 from agent.prompts.lines import LineBook
 from policies.engine import PolicyEngine
 from policies.facts import CheckpointFacts
+from telephony import speexdsp
 
 BRIDGE_REASONS = {
     "in": "no trained input projector: the encoder's CTC text becomes the caller's turn",
@@ -50,6 +51,7 @@ def examine(config: Config) -> list[Finding]:
     checks: tuple[Callable[[Config], Iterator[Finding]], ...] = (
         _machine,
         _sip,
+        _echo,
         _model,
         _campaigns,
         _storage,
@@ -102,6 +104,19 @@ def _sip(_: Config) -> Iterator[Finding]:
         return
     wheels = "" if sys.version_info < (3, 13) else " (wheels exist for Python 3.11 and 3.12 only)"
     yield Finding("sip", State.FAULT, f"pjsua2 is not installed{wheels}: make venv")
+
+
+def _echo(config: Config) -> Iterator[Finding]:
+    if config.telephony.echo_canceller == "off":
+        yield Finding("echo", State.WARNING, "canceller off (telephony.echo_canceller): only the gate works")
+        return
+    try:
+        speexdsp.load()
+    except speexdsp.SpeexMissing as error:
+        state = State.FAULT if config.telephony.echo_canceller == "speexdsp" else State.WARNING
+        yield Finding("echo", state, f"{error}; only the gate works")
+    else:
+        yield Finding("echo", State.OK, "libspeexdsp removes the line's echo of our voice")
 
 
 def _model(config: Config) -> Iterator[Finding]:

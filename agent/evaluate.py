@@ -32,7 +32,7 @@ from agent.caller_script import BargeIn, CallerScript, Hangup, Say, Step, Wait, 
 from agent.checkpoint import SHIPPED_CHECKPOINT, checkpoint_facts
 from agent.config import Config, load_config
 from agent.demo_script import answer_words
-from agent.lab import LabCall, hear
+from agent.lab.virtual_call import LabCall, hear
 from agent.prompts.lines import LineBook
 from agent.recognise import plain_words, word_errors
 from agent.tools.shop import Shop

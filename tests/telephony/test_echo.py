@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from agent import doctor
+from agent.config import Config
 from telephony.clips import read_clip
 from telephony.config import TelephonyConfig
 from telephony.echo import LineEcho
@@ -210,3 +212,14 @@ def test_a_voice_the_agent_took_for_noise_does_not_duck_again_until_it_was_silen
 def test_the_local_duck_can_be_switched_off():
     playout = speaking(local_duck_db=0.0)
     assert tick(playout, True, 10)[-1] == 10_000
+
+
+def test_the_doctor_says_what_is_missing_and_how_to_get_it(monkeypatch):
+    def missing():
+        raise SpeexMissing("libspeexdsp.so.1 is not installed; run: sudo apt-get install libspeexdsp1")
+
+    monkeypatch.setattr("telephony.speexdsp.load", missing)
+    (found,) = doctor._echo(Config())
+    assert found.state is doctor.State.WARNING and "apt-get install libspeexdsp1; only the gate works" in found.text
+    (found,) = doctor._echo(Config(telephony=TelephonyConfig(echo_canceller="speexdsp")))
+    assert found.state is doctor.State.FAULT
