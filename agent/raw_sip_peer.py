@@ -21,11 +21,11 @@ G722_ONLY = ("9", "a=rtpmap:9 G722/8000\r\n")
 class RawPeer:
     """Sends requests to `target` ("host:port") and reads whatever comes."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, source: str = "127.0.0.1") -> None:
         host, port = target.split(":")
         self.target = (host, int(port))
         self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self.socket.bind(("127.0.0.1", 0))
+        self.socket.bind((source, 0))
         self.socket.settimeout(5)
         self.media = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.media.bind(("127.0.0.1", 0))

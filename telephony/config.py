@@ -38,6 +38,10 @@ class TelephonyConfig:
     """Calls at once in one worker. The pjsua2 wheel holds 4 and refuses by itself with 486, so stay below it: then it
     is we who answer 503 with Retry-After."""
 
+    pool_calls: int = 0
+    """Calls at once on this machine: as many workers are started as that needs, at sip_port, sip_port + 1, and so on,
+    with a SIP proxy in front (deploy/kamailio). 0 = one worker."""
+
     retry_after_s: int = 5
     """Retry-After of our 503 (RFC 3261 §20.33)."""
 
@@ -49,7 +53,10 @@ class TelephonyConfig:
     """Length of one RTP packet."""
 
     allowed_sources: tuple[str, ...] = ()
-    """Networks (CIDR) that may send us INVITEs; empty = loopback only. Others get 403."""
+    """Networks (CIDR) that may send us anything; empty = loopback, or the trunks' sources. Others get no answer."""
+
+    trusted_proxies: tuple[str, ...] = ()
+    """Networks (CIDR) of our own SIP proxies: their X-Minmo-Source header says where a call came from."""
 
     outbound_hosts: tuple[str, ...] = ("127.0.0.1", "localhost")
     """Hosts an outbound INVITE may go to: `host` or `host:port`. Everything else is refused before a packet leaves."""
@@ -83,6 +90,12 @@ class TelephonyConfig:
 
     refer_timeout_s: float = 30.0
     """No final NOTIFY after a REFER for so long counts as 408."""
+
+    is_rtp_locked: bool = True
+    """After its first packets, a call's RTP is taken from that one source only (kernel filter, Linux)."""
+
+    invites_per_s: int = 20
+    """More INVITEs than this to one worker are dropped unanswered; their senders try again (RFC 3261 §17.1.1.2)."""
 
     health_after_s: float = 2.0
     """So long after the answer the media's health is judged and written to the call record (one-way audio)."""
@@ -152,7 +165,13 @@ class TelephonyConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "trunks", trunks_of(self.trunks))
-        for name in ("codecs", "allowed_sources", "outbound_hosts", "transports"):  # TOML gives lists
+        for name in (
+            "codecs",
+            "allowed_sources",
+            "outbound_hosts",
+            "transports",
+            "trusted_proxies",
+        ):  # TOML gives lists
             value = getattr(self, name)
             if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
                 raise refusal(name, value, "must be a list of strings")
@@ -174,7 +193,8 @@ class TelephonyConfig:
     def _check_ranges(self) -> None:
         ranges: dict[str, tuple[float, float]] = {
             "sip_port": (0, 65535), "rtp_port_first": (0, 65000), "max_calls": (1, 512), "retry_after_s": (0, 3600),
-            "health_after_s": (0.5, 30), "answer_timeout_s": (0.1, 180),
+            "health_after_s": (0.5, 30), "invites_per_s": (1, 1000), "pool_calls": (0, 10000),
+            "answer_timeout_s": (0.1, 180),
             "no_answer_timeout_s": (1, 600), "refer_timeout_s": (0.1, 180),
             "rtp_timeout_s": (0, 3600), "agent_lost_hold_s": (0, 120), "agent_stall_s": (0.5, 120),
             "drain_s": (0, 3600),
@@ -212,12 +232,13 @@ class TelephonyConfig:
             bind = ipaddress.ip_address(self.sip_bind)
         except ValueError:
             raise refusal("sip_bind", self.sip_bind, "must be an IP address") from None
-        for source in self.allowed_sources:
-            try:
-                ipaddress.ip_network(source)
-            except ValueError:
-                raise refusal("allowed_sources", source, "must be networks such as 192.0.2.0/24") from None
-        if not bind.is_loopback and not self.allowed_sources and not self.trunks:
+        for name in ("allowed_sources", "trusted_proxies"):
+            for source in getattr(self, name):
+                try:
+                    ipaddress.ip_network(source)
+                except ValueError:
+                    raise refusal(name, source, "must be networks such as 192.0.2.0/24") from None
+        if not bind.is_loopback and not (self.allowed_sources or self.trunks or self.trusted_proxies):
             raise refusal(
                 "sip_bind",
                 self.sip_bind,
@@ -230,6 +251,11 @@ class TelephonyConfig:
     def sample_rate_hz(self) -> int:
         """The leg's rate: G.711 is 8 kHz, and 16 kHz as soon as a wideband codec may be negotiated."""
         return 16000 if any(codec in WIDEBAND_CODECS for codec in self.codecs) else 8000
+
+    @property
+    def total_calls(self) -> int:
+        """Calls at once of all workers together."""
+        return self.pool_calls or self.max_calls
 
     @property
     def samples_per_frame(self) -> int:

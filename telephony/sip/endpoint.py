@@ -7,7 +7,6 @@ place that imports pjsua2 (GPL-2.0-or-later or commercial: an optional extra).
 
 from __future__ import annotations
 
-import ctypes
 import socket
 import sys
 import uuid
@@ -18,11 +17,14 @@ import pjsua2 as pj
 
 from telephony.config import TelephonyConfig
 from telephony.leg import LegDisconnected, LegEvent, LegIncoming, LegState, LegStateChanged
+from telephony.sip import packet_filter
 from telephony.sip.accounts import Account, TrunkAccount
 from telephony.sip.causes import Cause, cause_of_status
+from telephony.sip.gate import Gate, SecurityLog, is_port_free
 from telephony.sip.leg import SipLeg
 from telephony.sip.media_port import MediaPorts, check_frame_copy
 from telephony.sip.outbound import OutboundAttempt
+from telephony.sip.shed import Shedder, pjsip_library
 from telephony.sip.trunk import Neighbours, Route, TrunkRefused, clean, identify, read_invite, routes_of
 from telephony.wire import PlaceCall, SecurityEvent, TrunkChanged
 
@@ -60,6 +62,13 @@ class SipEndpoint:
         self._endpoint = pj.Endpoint()
         self._start_library()
         self.sip_port = self._start_transports()
+        self._security = SecurityLog(notify)
+        self._shedder = Shedder(config.invites_per_s)
+        self._num_shed_told = 0
+        self._gate: Gate | None = None
+        if packet_filter.IS_AVAILABLE:
+            self._gate = Gate(config.sip_bind, self.sip_port, config.transports, self._security)
+        self._close_gate()
         self._set_codecs()
         playback = self._endpoint.audDevManager().getPlaybackDevMedia()
         self._ports = MediaPorts(self.max_calls + 1, config, playback)
@@ -97,18 +106,26 @@ class SipEndpoint:
 
     def _start_transports(self) -> int:
         """All at the same port; the first that is configured chooses it."""
-        port = self.config.sip_port
+        port, bind = self.config.sip_port, self.config.sip_bind
+        if port and not is_port_free(bind, port, self.config.transports):
+            raise OSError(f"telephony.sip_port = {port}: is in use at {bind}")
         for name in self.config.transports:
             transport = pj.TransportConfig()
             transport.port = port
-            transport.boundAddress = self.config.sip_bind
+            transport.boundAddress = bind
             transport.publicAddress = self.config.public_address
-            transport_id = self._endpoint.transportCreate(
-                _TRANSPORT_TYPES[name, ":" in self.config.sip_bind], transport
-            )
+            if packet_filter.IS_AVAILABLE and name == "udp":  # the gate's own socket stands at the same port
+                transport.sockOptParams.sockOpts.append(pj.SockOpt(socket.SOL_SOCKET, packet_filter.SO_REUSEPORT, 1))
+            transport_id = self._endpoint.transportCreate(_TRANSPORT_TYPES[name, ":" in bind], transport)
             port = port or int(self._endpoint.transportGetInfo(transport_id).localName.rsplit(":", 1)[1])
         self._endpoint.libStart()
         return port
+
+    def _close_gate(self) -> None:
+        """Only who is listed is heard, as the list is now."""
+        self._neighbours.refresh()
+        if self._gate is not None:
+            self._gate.close_to(self._neighbours.networks())
 
     def _set_codecs(self) -> None:
         priority = {codec: 255 - index for index, codec in enumerate(self.config.codecs)}
@@ -135,9 +152,12 @@ class SipEndpoint:
     def poll(self, now_s: float, wait_ms: int) -> None:
         """Let SIP happen for at most `wait_ms`."""
         self._now_s = now_s
+        self._shedder.now_s = now_s
         self._endpoint.libHandleEvents(wait_ms)
         while self._next_routes:
             self._try_next(*self._next_routes.pop(0))
+        if self._gate is not None:
+            self._gate.poll(now_s)
         self._bury(now_s)
 
     def _bury(self, now_s: float) -> None:
@@ -147,6 +167,10 @@ class SipEndpoint:
         self._buried = [(at_s, leg) for at_s, leg in self._buried if at_s > now_s or leg.getId() in in_use]
 
     def check_deadlines(self, now_s: float) -> None:
+        self._security.on_time(now_s)
+        if num_shed := self._shedder.num_shed - self._num_shed_told:
+            self._num_shed_told += num_shed
+            self._security.note("flood", "any", "more INVITEs than telephony.invites_per_s", now_s, num_shed)
         for name, work in self._due(now_s):
             try:
                 work()
@@ -154,6 +178,7 @@ class SipEndpoint:
                 print(f"sip: {name}: {error.info(False)}", file=sys.stderr)
 
     def _due(self, now_s: float) -> list[tuple[str, Callable[[], None]]]:
+        due: list[tuple[str, Callable[[], None]]]
         due = [(leg_id, partial(leg.on_time, now_s)) for leg_id, leg in self.legs.items()]
         due += [(name, partial(account.on_time, now_s)) for name, account in self._trunks.items()]
         for leg_id, attempt in self._attempts.items():
@@ -166,14 +191,21 @@ class SipEndpoint:
     # ------------------------------------------------------------------- calls
 
     def on_invite(self, account: pj.Account, prm: pj.OnIncomingCallParam) -> None:
-        leg = SipLeg(account, self.config, uuid.uuid4().hex[:16], "inbound", self._on_leg, self._ports, prm.callId)
+        leg = SipLeg(
+            account, self.config, uuid.uuid4().hex[:16], "inbound", self._on_leg, self._ports, prm.callId,
+            security=self._note,
+        )  # fmt: skip
         source = prm.rdata.srcAddress
-        status = self._admission() if self._neighbours.may_call_us(source) else 403
+        status = self._admission()
+        if not self._neighbours.may_call_us(source):
+            status = 403
+            self._security.note("unlisted_invite", source, prm.rdata.info, self._now_s)
         if status:
             self._hidden[id(leg)] = leg
             leg.refuse(status, self.config.retry_after_s if status == 503 else 0, cause_of_status(status))
             return
         request_uri, headers = read_invite(prm.rdata.wholeMsg)
+        source = self._neighbours.origin_of(source, headers)
         trunk = self._neighbours.trunk_of(source)
         who = identify(request_uri, headers, trunk)
         self.legs[leg.leg_id] = leg
@@ -203,7 +235,7 @@ class SipEndpoint:
         account = self._trunks[route.trunk.name] if route.trunk else self._account
         leg = SipLeg(
             account, self.config, request.leg_id, "outbound", self._on_leg, self._ports,
-            media=before.media if before else None,
+            media=before.media if before else None, security=self._note,
         )  # fmt: skip
         self.legs[leg.leg_id] = leg
         try:
@@ -240,7 +272,7 @@ class SipEndpoint:
         attempt = self._attempts.get(failed.leg_id)
         if attempt is None or self.legs.get(failed.leg_id) is not failed:
             return
-        self._neighbours.refresh()
+        self._close_gate()  # the next host's name may have another address by now
         if failed.state is not LegState.DISCONNECTED:
             self._hidden[id(failed)] = failed
             failed.end(Cause.NO_ANSWER)
@@ -256,6 +288,9 @@ class SipEndpoint:
             leg = self.legs[failed.leg_id]
             self._sink(leg, LegStateChanged(leg_id=leg.leg_id, state=LegState.DISCONNECTED))
             self._sink(leg, LegDisconnected(leg_id=leg.leg_id, cause=Cause.NETWORK_ERROR, sip_status=503))
+
+    def _note(self, kind: str, source: str, detail: str, count: int) -> None:
+        self._security.note(kind, source, detail, self._now_s, count)
 
     def _on_leg(self, leg: SipLeg, event: LegEvent) -> None:
         is_over = isinstance(event, LegStateChanged) and event.state is LegState.DISCONNECTED
@@ -296,9 +331,7 @@ class SipEndpoint:
 def _library_capacity() -> int:
     """How many calls this build of pjsua2 holds (the wheel: 4); asked of the library itself, pjsua2 has no call for
     it."""
-    module = sys.modules.get("_pjsua2") or sys.modules.get("pjsua2._pjsua2")
-    library = ctypes.CDLL(getattr(module, "__file__", None))
-    return int(library.pjsua_call_get_max_count())
+    return int(pjsip_library().pjsua_call_get_max_count())
 
 
 def _free_even_port(address: str) -> int:

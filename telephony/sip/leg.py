@@ -36,10 +36,12 @@ from telephony.leg import (
     Unhold,
 )  # fmt: skip
 from telephony.leg_media import LegMedia
+from telephony.sip import packet_filter
 from telephony.sip.causes import Cause, cause_of_hangup, cause_of_status
 from telephony.sip.media_health import MediaCounts, health_of
 from telephony.sip.media_port import MediaPort, MediaPorts
 from telephony.sip.refer import INBOUND_REFER_STATUS, OutboundRefer, check_refer_to
+from telephony.sip.rtp_lock import PACKETS_BEFORE_LOCK, RtpLock
 from telephony.states import check_legal
 
 _STATES = {
@@ -52,6 +54,8 @@ _STATES = {
     pj.PJSIP_INV_STATE_DISCONNECTED: LegState.DISCONNECTED,
 }
 _DECLINE = 603
+SecurityNote = Callable[[str, str, str, int], None]
+"""(kind, source, detail, count): see wire.SecurityEvent."""
 DTMF_METHODS = ("auto", "rfc4733", "info", "inband")
 _NETWORK_STATUSES = {408, 503}  # what pjsip itself reports for no answer and for no transport
 
@@ -75,9 +79,10 @@ class SipLeg(pj.Call):
     def __init__(
         self, account: pj.Account, config: TelephonyConfig, leg_id: str, direction: str,
         sink: Callable[[SipLeg, LegEvent], None], ports: MediaPorts, call_id: int = pj.PJSUA_INVALID_ID,
-        media: LegMedia | None = None,
+        media: LegMedia | None = None, security: SecurityNote | None = None,
     ) -> None:  # fmt: skip
-        """`media`: of the leg this one takes the place of (the same call by another route)."""
+        """`media`: of the leg this one takes the place of (the same call by another route). `security`: is told of
+        what forged packets were kept out."""
         super().__init__(account, call_id)
         self.leg_id, self.direction = leg_id, direction
         self.state = LegState.INCOMING if direction == "inbound" else LegState.NULL
@@ -100,6 +105,10 @@ class SipLeg(pj.Call):
         self._is_judged = False  # the media's health was reported
         self._loudest = 0
         self._num_tones = 0
+        self._lock = RtpLock()
+        self._packets_at_lock = 0
+        self._security = security
+        self._is_intrusion_told = False
 
     # ----------------------------------------------------------------- commands
 
@@ -192,6 +201,7 @@ class SipLeg(pj.Call):
                 self._sink(self, result)
         if self.state is LegState.CONFIRMED and self._has_media:
             self._judge_health(now_s)
+            self._watch_source()
             packets = self._received_packets()
             if packets != self._rtp_packets or self.media.is_held or self._is_silenced:
                 self._rtp_packets, self._rtp_changed_at_s = packets, now_s
@@ -207,6 +217,7 @@ class SipLeg(pj.Call):
     def dispose(self) -> None:
         """After DISCONNECTED: no tick comes any more."""
         self.media.attach(None)
+        self._lock.open()
         if self._port is not None:
             self._ports.take_back(self._port)
             self._port = None
@@ -239,6 +250,8 @@ class SipLeg(pj.Call):
         self.media.is_held = pj.PJSUA_CALL_MEDIA_ACTIVE not in statuses
         audio = [media.dir for media in info.media if media.type == pj.PJMEDIA_TYPE_AUDIO]
         self._is_silenced = not any(direction & pj.PJMEDIA_DIR_DECODING for direction in audio)
+        self._lock.open()  # there may be a new stream from another address
+        self._packets_at_lock = self._received_packets() if self._has_media else 0
         if self.state is LegState.CONFIRMED and self._cause is None:
             self._start_media()
             self._note_hold(statuses)
@@ -288,6 +301,18 @@ class SipLeg(pj.Call):
         if by != self._hold_by:
             before, self._hold_by = self._hold_by, by
             self._sink(self, HoldChanged(leg_id=self.leg_id, is_held=bool(by), by=by or before))
+
+    def _watch_source(self) -> None:
+        """Lock the RTP sockets to the party's source once it has sent; say once that others try."""
+        if not self._config.is_rtp_locked or not packet_filter.IS_AVAILABLE or self.media.is_held:
+            return
+        if not self._lock.source:
+            transport = self.getMedTransportInfo(0)
+            if self._received_packets() - self._packets_at_lock >= PACKETS_BEFORE_LOCK and transport.srcRtpName:
+                self._lock.lock(int(transport.localRtpName.rsplit(":", 1)[1]), transport.srcRtpName)
+        elif not self._is_intrusion_told and (count := self._lock.num_refused()) and self._security is not None:
+            self._is_intrusion_told = True
+            self._security("rtp_source", self._lock.source, "RTP from elsewhere than this source was kept out", count)
 
     def _judge_health(self, now_s: float) -> None:
         """Once, `health_after_s` after the answer; the level is looked at until then."""

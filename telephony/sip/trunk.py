@@ -20,6 +20,7 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 _URI = re.compile(r"^(sips?|tel):(?:([^@;?]*)@)?(\[[0-9A-Fa-f:.]+\]|[^:;?>@\s]+)(?::(\d{1,5}))?", re.IGNORECASE)
 _QUOTED = re.compile(r'^\s*"((?:[^"\\]|\\.)*)"')  # RFC 3261 §25.1 quoted-string
+PROXY_HEADER = "X-Minmo-Source"
 _MAX_HEADERS, _MAX_VALUE_CHARS = 48, 512
 _SAFE_URI = re.compile(r"^[\x21-\x7e]{1,512}$")
 _NUMBER = re.compile(r"^[+0-9A-Za-z*#._-]{1,64}$")
@@ -62,6 +63,7 @@ class Neighbours:
     def __init__(self, config: TelephonyConfig) -> None:
         self._config = config
         self._listed = [ipaddress.ip_network(source) for source in config.allowed_sources]
+        self._proxies = [ipaddress.ip_network(source) for source in config.trusted_proxies]
         self._of_trunk: dict[str, list[Network]] = {}
         self._answering: list[Network] = []
         self.refresh()
@@ -81,14 +83,23 @@ class Neighbours:
                 return trunk
         return None
 
+    def origin_of(self, source_address: str, headers: dict[str, str]) -> str:
+        """Where a call really came from: of a trusted proxy, what it says."""
+        address = _address(source_address)
+        if address is None or not _is_in(address, self._proxies):
+            return source_address
+        told = {name.lower(): value for name, value in headers.items()}.get(PROXY_HEADER.lower(), "")
+        return told if _address(told) is not None else source_address
+
     def may_call_us(self, source_address: str) -> bool:
         """May this "ip:port" send us an INVITE? Without any list: loopback only."""
         address = _address(source_address)
         if address is None:
             return False
         if not self._listed and not self._config.trunks:
-            return address.is_loopback
-        return _is_in(address, self._listed) or self.trunk_of(source_address) is not None
+            return address.is_loopback or _is_in(address, self._proxies)
+        own = [*self._listed, *self._proxies]  # a proxy of ours has its own list
+        return _is_in(address, own) or self.trunk_of(source_address) is not None
 
     def networks(self) -> list[Network]:
         """Everything a packet may come from: who may call us, and who answers when we call."""
@@ -96,7 +107,7 @@ class Neighbours:
         if not listed and not self._config.trunks:
             listed = [ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128")]
         own = [network for networks in self._of_trunk.values() for network in networks]
-        return sorted({*listed, *own, *self._answering}, key=lambda network: (network.version, network))
+        return sorted({*listed, *own, *self._proxies, *self._answering}, key=lambda network: (network.version, network))
 
 
 def addresses_of(hosts: Iterable[str]) -> list[Network]:

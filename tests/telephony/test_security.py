@@ -1,0 +1,365 @@
+"""What strangers and broken peers get from a worker: the SIP answer that the RFC asks for, or silence; one event; and
+the live call goes on. Raw bytes on loopback; strangers come from 127.0.0.66."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import socket
+
+import pytest
+
+pytest.importorskip("pjsua2")
+
+from agent.raw_sip_peer import RawPeer, to_tag  # noqa: E402
+from telephony.client import WorkerClient  # noqa: E402
+from telephony.config import TelephonyConfig  # noqa: E402
+from telephony.leg import Answer, LegDisconnected, LegState  # noqa: E402
+from telephony.process import WorkerProcess  # noqa: E402
+from telephony.sip import packet_filter  # noqa: E402
+from telephony.sip.gate import SecurityLog  # noqa: E402
+from telephony.sip.shed import TokenBucket  # noqa: E402
+
+STRANGER = "127.0.0.66"
+
+
+@pytest.fixture(scope="module")
+def guarded():
+    config = TelephonyConfig(sip_port=0, transports=("udp", "tcp"), allowed_sources=("127.0.0.1/32",), invites_per_s=20)
+    with WorkerProcess(config) as worker:
+        yield worker
+
+
+class Desk:
+    """The agent's side: every leg is answered; events are kept."""
+
+    def __init__(self, client):
+        self.client, self.security, self.legs, self.ended = client, [], [], []
+        client.on_security_event = self.security.append
+        self.task = asyncio.create_task(self._serve())
+
+    async def _serve(self):
+        async with asyncio.TaskGroup() as group:
+            async for leg in self.client.legs():
+                self.legs.append(leg)
+                group.create_task(self._follow(leg))
+
+    async def _follow(self, leg):
+        await leg.send(Answer(leg_id=leg.leg_id))
+        async for event in leg.events():
+            if isinstance(event, LegDisconnected):
+                self.ended.append(event)
+
+
+@contextlib.asynccontextmanager
+async def desk_of(worker):
+    client = await WorkerClient.connect(worker.socket_path)
+    desk = Desk(client)
+    try:
+        yield desk
+    finally:
+        for leg in desk.legs:
+            leg.hang_up()
+        await asyncio.sleep(0.3)
+        await client.close()
+        await desk.task
+
+
+@contextlib.contextmanager
+def raw(address, source="127.0.0.1"):
+    peer = RawPeer(address, source)
+    try:
+        yield peer
+    finally:
+        peer.close()
+
+
+async def until(condition, limit_s=10.0):
+    async with asyncio.timeout(limit_s):
+        while not condition():  # noqa: ASYNC110 - another process changes it
+            await asyncio.sleep(0.02)
+
+
+async def call_up(peer, desk):
+    """A confirmed call of a raw peer: the 200 OK."""
+    number = len(desk.legs)
+    peer.invite()
+    ok = await asyncio.to_thread(peer.final)
+    peer.request("ACK", to_tag=to_tag(ok))
+    await until(lambda: len(desk.legs) > number and desk.legs[-1].state is LegState.CONFIRMED)
+    return ok
+
+
+# ------------------------------------------------------------------ strangers
+
+
+OF_SCANNER = (
+    "Via: SIP/2.0/UDP 127.0.0.66:5060;branch=z9hG4bK-1;rport\r\n"
+    "From: <sip:100@1.1.1.1>;tag=1\r\nTo: <sip:100@1.1.1.1>\r\nCall-ID: 1\r\nContact: <sip:100@127.0.0.66>\r\n"
+    "User-Agent: friendly-scanner\r\nMax-Forwards: 70\r\n"
+)
+SCANS = (
+    "OPTIONS sip:100@{to} SIP/2.0\r\n" + OF_SCANNER + "CSeq: 1 OPTIONS\r\nContent-Length: 0\r\n\r\n",
+    "REGISTER sip:{to} SIP/2.0\r\n" + OF_SCANNER + "CSeq: 1 REGISTER\r\nContent-Length: 0\r\n\r\n",
+    "\x00\x01GET / HTTP/1.1\r\n\r\n",
+)
+
+
+async def test_unlisted_source_gets_no_reply_no_call_and_one_event(guarded):
+    async with desk_of(guarded) as desk:
+        with raw(guarded.address, STRANGER) as stranger:
+            stranger.socket.settimeout(0.5)
+            for text in SCANS:
+                stranger.socket.sendto(text.format(to=guarded.address).encode(), stranger.target)
+            for _ in range(3):
+                stranger.invite()
+            with pytest.raises(TimeoutError):
+                await asyncio.to_thread(stranger.socket.recv, 4096)
+            await until(lambda: desk.security)
+            await asyncio.sleep(0.3)
+            (event,) = desk.security
+            assert (event.kind, event.source_address) == ("unlisted_source", STRANGER)
+            assert event.detail.startswith("OPTIONS sip:100@") and not desk.legs
+
+
+async def test_unlisted_source_cannot_even_connect_by_tcp(guarded):
+    host, port = guarded.address.split(":")
+    with socket.socket() as stranger:
+        stranger.settimeout(0.5)
+        stranger.bind((STRANGER, 0))
+        with pytest.raises(TimeoutError):
+            await asyncio.to_thread(stranger.connect, (host, int(port)))
+    with socket.socket() as listed:
+        listed.settimeout(2)
+        await asyncio.to_thread(listed.connect, (host, int(port)))
+
+
+async def test_bye_of_a_third_party_ends_nothing(guarded):
+    async with desk_of(guarded) as desk:
+        with raw(guarded.address) as peer, raw(guarded.address) as listed, raw(guarded.address, STRANGER) as stranger:
+            ok = await call_up(peer, desk)
+            for intruder in (listed, stranger):
+                intruder.call_id = peer.call_id
+                intruder.socket.settimeout(1.0)
+                intruder.request("BYE", 2, to_tag="guessed")
+            assert (await asyncio.to_thread(listed.final)).split()[1] == "481"  # RFC 3261 §15.1.2
+            stranger.tag = peer.tag  # even with the right tags: it is not heard
+            stranger.request("BYE", 3, to_tag=to_tag(ok))
+            with pytest.raises(TimeoutError):
+                await asyncio.to_thread(stranger.socket.recv, 4096)
+            assert desk.legs[-1].state is LegState.CONFIRMED
+            peer.request("BYE", 4, to_tag=to_tag(ok))
+            assert (await asyncio.to_thread(peer.final)).startswith("SIP/2.0 200")
+            await until(lambda: desk.ended)
+
+
+def rtp(sequence, value, ssrc=1):
+    return (
+        b"\x80\x00"
+        + sequence.to_bytes(2, "big")
+        + (160 * sequence).to_bytes(4, "big")
+        + ssrc.to_bytes(4, "big")
+        + bytes([value]) * 160
+    )
+
+
+async def test_rtp_of_another_source_is_not_heard_once_the_party_has_sent(guarded):
+    """Silence from the party, loud noise from a third one who knows the port."""
+    async with desk_of(guarded) as desk:
+        with raw(guarded.address) as peer, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as forger:
+            ok = await call_up(peer, desk)
+            heard = bytearray()
+            desk.legs[-1].set_tap(lambda _start, received, _sent: heard.extend(received))
+            media = next(line for line in ok.splitlines() if line.startswith("m=audio"))
+            target = ("127.0.0.1", int(media.split()[1]))
+            for sequence in range(100):
+                peer.media.sendto(rtp(sequence, 0xFF), target)
+                if sequence > 60:
+                    forger.sendto(rtp(5000 + sequence, 0x00 if sequence % 2 else 0x80, ssrc=9), target)
+                await asyncio.sleep(0.02)
+            assert len(heard) > 16000 and max(heard) in (0, 0xFF) and set(bytes(heard)) <= {0, 0xFF, 0xFE, 1, 8, 0xF8}
+            await until(lambda: any(event.kind == "rtp_source" for event in desk.security))
+            peer.request("BYE", 2, to_tag=to_tag(ok))
+            await until(lambda: desk.ended)
+
+
+async def test_flood_of_invites_is_shed_and_the_live_call_goes_on(guarded):
+    """60 calls at once, most of them refused, exhausted the wheel's sockets before there was a shedder."""
+    async with desk_of(guarded) as desk:
+        with raw(guarded.address) as peer:
+            ok = await call_up(peer, desk)
+            with contextlib.ExitStack() as stack:
+                flooders = [stack.enter_context(raw(guarded.address)) for _ in range(60)]
+                for _ in range(3):
+                    for flooder in flooders:
+                        flooder.invite()
+                    await asyncio.sleep(0.1)
+                await until(lambda: any(event.kind == "flood" for event in desk.security))
+                await asyncio.sleep(1.0)
+                assert guarded.poll() is None
+                assert desk.legs[0].state is LegState.CONFIRMED
+                peer.request("BYE", 2, to_tag=to_tag(ok))
+                assert (await asyncio.to_thread(peer.final)).startswith("SIP/2.0 200")
+                await until(lambda: any(event.leg_id == desk.legs[0].leg_id for event in desk.ended))
+
+
+# ---------------------------------------------------------------- malformed
+
+
+VIA = "Via: SIP/2.0/UDP 127.0.0.1:{port};branch=z9hG4bK{n};rport\r\nMax-Forwards: 70\r\n"
+WHO = "From: <sip:raw@127.0.0.1>;tag=t{n}\r\nTo: <sip:100@127.0.0.1>\r\nCall-ID: torture-{n}\r\n"
+CONTACT = "Contact: <sip:raw@127.0.0.1:{port}>\r\n"
+
+
+def message(first="OPTIONS sip:100@{to} SIP/2.0", via=VIA, who=WHO, cseq="1 OPTIONS", more="", length="0", body=""):
+    """A message that is whole but for what the case changes."""
+    rest = f"CSeq: {cseq}\r\n{CONTACT}{more}Content-Length: {length}\r\n\r\n{body}"
+    return f"{first}\r\n{via}{who}{rest}"
+
+
+def invite(kind, body):
+    return message(
+        "INVITE sip:100@{to} SIP/2.0",
+        cseq="1 INVITE",
+        more=f"Content-Type: {kind}\r\n",
+        length=str(len(body)),
+        body=body,
+    )
+
+
+SDP = "v=0\r\no=- 1 1 IN IP4 127.0.0.1\r\ns=-\r\nc=IN IP4 127.0.0.1\r\nt=0 0\r\nm=audio {media} RTP/AVP 0\r\n"
+REFUSED = {"", "400"}
+LENIENT = {"", "400", "200"}  # what is read in spite of its fault may be answered (RFC 4475 §3.1.1, §3.3)
+
+# From the descriptions in RFC 4475 §3 and RFC 5118 §4: (message, the statuses it may get, "" = silence).
+TORTURE = {
+    "4475 3.1.2.1 extraneous separators in Via": (
+        message(via="Via: SIP/2.0/UDP 127.0.0.1:{port};;,;,,\r\nMax-Forwards: 70\r\n"), REFUSED),
+    "4475 3.1.2.2 Content-Length larger than the message": (message(length="9999"), LENIENT),
+    "4475 3.1.2.3 negative Content-Length": (message(length="-999"), REFUSED),
+    "4475 3.1.2.4 numbers beyond 32 bits": (message(cseq="36893488147419103232 OPTIONS"), REFUSED),
+    "4475 3.1.2.6 unterminated quoted string": (message(who=WHO.replace("From: ", 'From: "Mr. Raw ')), REFUSED),
+    "4475 3.1.2.7 Request-URI in brackets": (message("OPTIONS <sip:100@{to}> SIP/2.0"), REFUSED),
+    "4475 3.1.2.8 blanks within the Request-URI": (message("OPTIONS sip:100@{to}; lr SIP/2.0"), REFUSED),
+    "4475 3.1.2.9 many blanks in the first line": (message("OPTIONS  sip:100@{to}  SIP/2.0"), LENIENT),
+    "4475 3.1.2.16 unknown protocol version": (message("OPTIONS sip:100@{to} SIP/7.0"), REFUSED | {"505"}),
+    "4475 3.1.2.17 CSeq of another method": (message(cseq="1 INVITE"), LENIENT | {"405", "481", "500"}),
+    "4475 3.3.1 required headers missing": (message(who=""), REFUSED),
+    "4475 3.3.2 unknown scheme": (message("OPTIONS nobodyKnows:opaque SIP/2.0"), LENIENT | {"416"}),
+    "4475 3.3.8 several values where one is allowed": (message(who=WHO + WHO), LENIENT),
+    "4475 3.3.15 unknown content type": (invite("application/unknown", "abc"), {"400", "415", "488"}),
+    "4475 3.4.1 unknown method": (message("NEWMETHOD sip:100@{to} SIP/2.0", cseq="1 NEWMETHOD"), {"405", "501", "200"}),
+    "5118 4.1 IPv6 without brackets": (message("OPTIONS sip:2001:db8::10 SIP/2.0"), LENIENT),
+    "5118 4.5 port after a bracketed reference": (
+        message("OPTIONS sip:[2001:db8::10]:5070 SIP/2.0"), LENIENT | {"404"}),
+    "5118 4.10 brackets missing in Via": (
+        message(via="Via: SIP/2.0/UDP 2001:db8::9:1;branch=z9hG4bK{n}\r\nMax-Forwards: 70\r\n"), LENIENT),
+    "SDP that is none": (invite("application/sdp", "v=0\r\nm=audio\r"), {"400", "488"}),
+    "SDP with an absurd port": (invite("application/sdp", SDP.replace("{media}", "999999999")), {"400", "488", "500"}),
+    "a header of 30,000 bytes": (message(more="X-Long: " + "a" * 30000 + "\r\n"), LENIENT | {"413", "513"}),
+    "nothing but zeros": ("\x00" * 500, {""}),
+    "an answer nobody asked for": (message("SIP/2.0 200 OK", cseq="1 INVITE"), {""}),
+}  # fmt: skip
+
+
+async def test_malformed_messages_get_what_the_rfc_asks_for_and_harm_no_call(guarded):
+    async with desk_of(guarded) as desk:
+        with raw(guarded.address) as peer:
+            ok = await call_up(peer, desk)
+            wrong = {}
+            for number, (name, (text, allowed)) in enumerate(TORTURE.items()):
+                with raw(guarded.address) as torturer:
+                    torturer.socket.settimeout(0.6 if "" in allowed else 5)
+                    sent = text.format(to=guarded.address, port=torturer.port, n=number)
+                    torturer.socket.sendto(sent.encode(), torturer.target)
+                    try:
+                        status = (await asyncio.to_thread(torturer.final)).split()[1]
+                    except TimeoutError:
+                        status = ""
+                    if status not in allowed:
+                        wrong[name] = status
+            assert not wrong
+            assert len(desk.legs) == 1 and desk.legs[0].state is LegState.CONFIRMED and guarded.poll() is None
+            peer.request("BYE", 99, to_tag=to_tag(ok))
+            assert (await asyncio.to_thread(peer.final)).startswith("SIP/2.0 200")
+            await until(lambda: desk.ended)
+
+
+async def test_rtp_that_is_none_harms_no_call(guarded):
+    async with desk_of(guarded) as desk:
+        with raw(guarded.address) as peer:
+            ok = await call_up(peer, desk)
+            media = next(line for line in ok.splitlines() if line.startswith("m=audio"))
+            port = int(media.split()[1])
+            garbage = (
+                b"", b"\x80", b"\x80\x00" + b"\xff" * 8, b"\x9f\x00" + bytes(10), b"\x80\x7f" + bytes(200),
+                b"\x00" * 1400, b"\xff" * 1400, b"\x90\x00" + bytes(10) + b"\xff\xff\xff\xff",
+            )  # fmt: skip
+            for packet in garbage * 5:
+                peer.media.sendto(packet, ("127.0.0.1", port))
+                peer.media.sendto(packet, ("127.0.0.1", port + 1))
+            await asyncio.sleep(0.5)
+            assert desk.legs[-1].state is LegState.CONFIRMED and guarded.poll() is None
+            peer.request("BYE", 2, to_tag=to_tag(ok))
+            assert (await asyncio.to_thread(peer.final)).startswith("SIP/2.0 200")
+            await until(lambda: desk.ended)
+
+
+# -------------------------------------------------------------------- parts
+
+
+def sent_through(program, *sources):
+    """Which of these local addresses get a packet through the filter."""
+    passed = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as door:
+        door.bind(("127.0.0.1", 0))
+        door.settimeout(0.1)
+        packet_filter.attach(door.fileno(), program)
+        for source in sources:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+                sender.bind((source, 0))
+                sender.sendto(b"x", door.getsockname())
+                with contextlib.suppress(TimeoutError):
+                    passed.append(door.recvfrom(8)[1][0])
+    return passed
+
+
+def networks(*texts):
+    return [ipaddress.ip_network(text) for text in texts]
+
+
+def test_filter_lets_networks_through_however_many_there_are():
+    listed = networks("10.0.0.0/8", "::1/128", *(f"172.16.{n}.0/24" for n in range(250)), "127.0.0.4/30")
+    program = packet_filter.by_source(listed, 0xFFFFFFFF, 0)
+    assert sent_through(program, "127.0.0.3", "127.0.0.5", "127.0.0.8") == ["127.0.0.5"]
+
+
+def test_filter_for_more_networks_than_fit_is_refused():
+    with pytest.raises(ValueError, match="too many networks"):
+        packet_filter.by_source(networks(*(f"10.{a}.{b}.0/24" for a in range(8) for b in range(200))), 1, 0)
+
+
+def test_one_event_a_minute_for_each_source_with_what_came_in_between():
+    told = []
+    log = SecurityLog(told.append)
+    for second in range(90):
+        log.note("flood", "192.0.2.1", "line\r\nEvil: 1", float(second))
+        log.on_time(float(second))
+    log.on_time(200.0)
+    assert [event.count for event in told] == [1, 60, 29] and "\r" not in told[0].detail
+
+
+def test_forged_sources_become_one_event():
+    told = []
+    log = SecurityLog(told.append)
+    for number in range(1000):
+        log.note("unlisted_source", f"10.0.{number // 250}.{number % 250}", "", 1.0)
+    assert len(told) == 257 and told[-1].source_address == "many"
+
+
+def test_bucket_lets_a_burst_through_and_then_so_many_a_second():
+    bucket = TokenBucket(per_s=10, burst=3)
+    assert [bucket.take(100.0) for _ in range(5)] == [True, True, True, False, False]
+    assert [bucket.take(100.1) for _ in range(2)] == [True, False]
+    assert [bucket.take(200.0) for _ in range(4)] == [True, True, True, False]
