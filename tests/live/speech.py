@@ -56,7 +56,8 @@ def seconds_found(played: np.ndarray, heard: np.ndarray) -> list[float]:
     spectrum = np.fft.rfft(heard.astype(float), size)
     energy = np.concatenate([[0.0], np.cumsum(heard.astype(float) ** 2)])
     window = energy[RATE_HZ:] - energy[:-RATE_HZ]
-    for start in range(0, len(played) - RATE_HZ + 1, RATE_HZ):
+    first = int(np.argmax(np.abs(played) > 200))  # what comes before is silent here, but may not be there
+    for start in range(first, len(played) - RATE_HZ + 1, RATE_HZ):
         piece = played[start : start + RATE_HZ].astype(float)
         if np.abs(piece).mean() < 100:
             continue
