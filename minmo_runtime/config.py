@@ -54,6 +54,13 @@ class RuntimeConfig:
     dtype: str = "float32"
     """Numbers of weights and caches: float32, or bfloat16 on a GPU."""
 
+    weights: str = "as_stored"
+    """Linear layers of the LLM and the voice LM: as_stored (in `dtype`), or int8 on a CPU: half the time of a step of
+    large sizes, a few other words."""
+
+    has_fixed_shapes: bool = False
+    """Whether decoding is padded to a few shapes; on a GPU each is one CUDA graph. true pays on a GPU only."""
+
     sound_rows: int = 1
     """Most calls in one pass of the flow or the vocoder. A CPU gains nothing from more, and they wait for each other;
     a GPU wants all."""
@@ -83,6 +90,14 @@ class RuntimeConfig:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ValueError(f"runtime.{name} = {value}: must be from {low:g} to {high:g}")
-        for name, choices in (("device", ("cpu", "cuda")), ("dtype", ("float32", "bfloat16"))):
+        for name, choices in (
+            ("device", ("cpu", "cuda")),
+            ("dtype", ("float32", "bfloat16")),
+            ("weights", ("as_stored", "int8")),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"runtime.{name} = {getattr(self, name)!r}: must be {' or '.join(choices)}")
+        if self.weights == "int8" and (self.device, self.dtype) != ("cpu", "float32"):
+            raise ValueError(
+                f"runtime.weights = 'int8': for device cpu and dtype float32, not {self.device}, {self.dtype}"
+            )

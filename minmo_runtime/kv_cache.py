@@ -12,9 +12,10 @@ from minmo_runtime.model.backbone import KvCache
 class SlotPool:
     """Slots of one cache, lowest free one first (neighbouring slots need no gather in a batch)."""
 
-    def __init__(self, cache: KvCache) -> None:
+    def __init__(self, cache: KvCache, num_slots: int) -> None:
+        """`num_slots` of the cache's are handed out; what lies behind them is decode_step's spare one."""
         self.cache = cache
-        self._free = sorted(range(len(cache.lengths)), reverse=True)
+        self._free = sorted(range(num_slots), reverse=True)
         self._owners: dict[int, str] = {}
 
     def take(self, owner: str) -> int:

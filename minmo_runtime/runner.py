@@ -14,10 +14,11 @@ from minmo_runtime.config import RuntimeConfig
 from minmo_runtime.hearing import Hearing
 from minmo_runtime.kv_cache import SlotPool
 from minmo_runtime.number_guide import NumberGuide
+from minmo_runtime.quantise import int8_linears
 from minmo_runtime.reply import Reply, ReplyPhase
 from minmo_runtime.rows import RunRows, StreamFailure, each, isolated
 from minmo_runtime.scheduler import Job, JobKind
-from minmo_runtime.sound import Sound
+from minmo_runtime.sound import Sound, step_of
 from minmo_runtime.stream import TOOL_CALL, TOOL_CALL_END, TURN_END, Stream
 from minmo_runtime.text import TextStream, parse_tool_line
 from minmo_runtime.weights import Checkpoint
@@ -33,18 +34,23 @@ class Runner:
         self.config = config
         self.device = torch.device(config.device)
         modules = checkpoint.modules
-        for part in modules:
-            getattr(modules, part).to(self.device, _DTYPES[config.dtype])
+        for part in modules:  # the vocoder's Fourier transforms want float32
+            dtype = torch.float32 if part == "vocoder" else _DTYPES[config.dtype]
+            getattr(modules, part).to(self.device, dtype)
         self.llm, self.voice_lm, self.output_projector = modules.llm, modules.voice_lm, modules.output_projector
-        self.llm.fuse()
-        self.voice_lm.trunk.fuse()
+        for trunk in (self.llm, self.voice_lm.trunk):
+            if config.weights == "int8":
+                int8_linears(trunk.model.layers)
+            else:
+                trunk.fuse()
         tokenizer = checkpoint.text_tokenizer
         self.number_guide = NumberGuide(tokenizer)
         self.turn_end = tokenizer.special(TURN_END)
         self.tool_call, self.tool_call_end = tokenizer.special(TOOL_CALL), tokenizer.special(TOOL_CALL_END)
         length = config.max_context_tokens + 2 * config.max_reply_tokens
-        self.llm_cache = self.llm.new_cache(config.max_streams, length)
-        self.pool = SlotPool(self.llm_cache)
+        self.llm_cache = self.llm.new_cache(config.max_streams + 1, length)  # the last one is the step's spare
+        self.pool = SlotPool(self.llm_cache, config.max_streams)
+        self._one_row = step_of(self.llm, self.llm_cache, config)
         self.hearing = Hearing(checkpoint, self.device, _DTYPES[config.dtype])
         self.sound = Sound(checkpoint, config, self.device)
         self._bans = make_bans(checkpoint).to(self.device)
@@ -133,8 +139,8 @@ class Runner:
         feeding = [row for row, token in enumerate(tokens) if token not in ends and replies[row].hidden is not None]
         next_hidden: dict[int, Tensor] = {}
         if feeding:
-            ids = torch.tensor([[tokens[row]] for row in feeding], device=self.device)
-            hidden = self.llm(ids, cache=self.llm_cache, slots=[streams[row].slot for row in feeding])[:, 0]
+            ids = torch.tensor([tokens[row] for row in feeding], device=self.device)
+            hidden = self.next_hidden(ids, [streams[row].slot for row in feeding])
             next_hidden = dict(zip(feeding, hidden, strict=True))
 
         def take(row: int, stream: Stream) -> None:
@@ -147,6 +153,12 @@ class Runner:
                 replies[row].hidden = next_hidden[row]
 
         return each(streams, take)
+
+    def next_hidden(self, ids: Tensor, slots: list[int]) -> Tensor:
+        """One more position of each slot: ids [n] → hidden [n, D]."""
+        if self._one_row is None:
+            return self.llm(ids[:, None], cache=self.llm_cache, slots=slots)[:, 0]
+        return self._one_row(self.llm.embed(ids), slots).clone()  # the next step writes over it
 
     def _draw(self, replies: list[Reply]) -> list[int | None]:
         """The most likely allowed token of each row; None where the scores are not numbers."""

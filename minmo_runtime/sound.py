@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from minmo_runtime.config import RuntimeConfig
+from minmo_runtime.decode_step import DecodeStep
+from minmo_runtime.model.backbone import Backbone, KvCache
 from minmo_runtime.model.interleave import Phase
 from minmo_runtime.model.vocoder import push_rows
+from minmo_runtime.model.voice_lm import OneRow
 from minmo_runtime.reply import Reply
 from minmo_runtime.rows import StreamFailure, check, each
 from minmo_runtime.stream import Stream
@@ -31,7 +34,8 @@ class Sound:
         self.voice_lm, self.flow, self.vocoder = modules.voice_lm, modules.flow, modules.vocoder
         self.output_projector = modules.output_projector
         length = config.max_voice_tokens + 2 * config.max_reply_tokens + config.max_context_tokens
-        self.voice_cache = self.voice_lm.new_cache(config.max_streams, length)
+        self.voice_cache = self.voice_lm.new_cache(config.max_streams + 1, length)  # the last one is the step's spare
+        self.one_row = step_of(self.voice_lm.trunk, self.voice_cache, config)
         self.flow_cache = self.flow.new_cache(config.max_streams, self.flow.dims.window_chunks(config.flow_window_s))
         weight = self.flow.encoder_proj.weight
         self.voice = checkpoint.default_voice().to(device, weight.dtype)
@@ -58,7 +62,7 @@ class Sound:
     def voice_tokens(self, streams: list[Stream]) -> dict[str, str]:
         """One voice token per call."""
         replies = [stream.replies[0] for stream in streams]
-        tokens = self.voice_lm.decode_step([reply.voice for reply in replies], self.voice_cache)
+        tokens = self.voice_lm.decode_step([reply.voice for reply in replies], self.voice_cache, self.one_row)
 
         def take(row: int, _: Stream) -> None:
             reply, token = replies[row], tokens[row]
@@ -95,8 +99,8 @@ class Sound:
     def samples(self, streams: list[Stream], now: float) -> dict[str, str]:
         """The oldest waiting mel of each becomes sound."""
         replies = [stream.replies[0] for stream in streams]
-        nothing = torch.zeros(1, self.flow.dims.num_mel_bins, 0, device=self.voice.device, dtype=self.voice.dtype)
-        mels = [reply.mels[0] if reply.mels else nothing for reply in replies]
+        nothing = torch.zeros(1, self.flow.dims.num_mel_bins, 0, device=self.voice.device)
+        mels = [reply.mels[0].float() if reply.mels else nothing for reply in replies]
         finals = [reply.is_mel_complete and len(reply.mels) <= 1 for reply in replies]
         made = push_rows(self.vocoder, mels, [reply.vocoder_state for reply in replies], finals)
 
@@ -124,6 +128,13 @@ class Sound:
             stream.send_audio(reply, reply.replay.pop(0), now)
         if not reply.replay:
             stream.finish_reply(reply)
+
+
+def step_of(trunk: Backbone, cache: KvCache, config: RuntimeConfig) -> OneRow | None:
+    """Decoding in fixed shapes, where that is wanted."""
+    if not config.has_fixed_shapes:
+        return None
+    return DecodeStep(trunk, cache, has_graphs=config.device == "cuda").run
 
 
 def voice_seed(stream_seed: int, reply: Reply) -> int:

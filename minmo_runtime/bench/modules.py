@@ -18,6 +18,7 @@ from minmo_runtime import features
 from minmo_runtime.config import RuntimeConfig
 from minmo_runtime.model.encoder import EncoderState
 from minmo_runtime.model.interleave import Phase
+from minmo_runtime.model.vocoder import push_rows
 from minmo_runtime.runner import Runner
 from minmo_runtime.weights import Checkpoint
 
@@ -26,12 +27,20 @@ SECONDS = 3.0
 CONTEXT_TOKENS = 256  # in the LLM's cache while it decodes
 
 
-def real_time_factors(checkpoint: Checkpoint, rows: int) -> dict[str, float]:
-    """Part → CPU seconds per second of audio for `rows` calls at once, all listening and all speaking."""
-    runner = Runner(checkpoint, RuntimeConfig(max_streams=max(rows, 1)))
+def real_time_factors(
+    checkpoint: Checkpoint, rows: int, device: str = "cpu", dtype: str = "float32"
+) -> dict[str, float]:
+    """Part → seconds per second of audio for `rows` calls at once, all listening and all speaking: of this thread on a
+    CPU, of the device on a GPU."""
+    is_gpu = device == "cuda"
+    config = RuntimeConfig(
+        max_streams=max(rows, 1), max_context_tokens=512, device=device, dtype=dtype, has_fixed_shapes=is_gpu
+    )
+    runner = Runner(checkpoint, config)
+    clock = _device_time if is_gpu else time.thread_time
     jobs: dict[str, Callable[[], None]] = {
         "features": lambda: _features(rows),
-        "encoder": lambda: _encoder(runner, rows),
+        **({"encoder": lambda: _encoder(runner, rows)} if runner.chunk_fbank_frames else {}),
         "llm": lambda: _llm(runner, rows),
         "voice_lm": lambda: _voice_lm(runner, rows),
         "flow": lambda: _flow(runner, rows),
@@ -43,12 +52,17 @@ def real_time_factors(checkpoint: Checkpoint, rows: int) -> dict[str, float]:
             job()  # warm: caches, tables, allocator
             times = []
             for _ in range(REPEATS):
-                begin = time.thread_time()
+                begin = clock()
                 job()
-                times.append(time.thread_time() - begin)
+                times.append(clock() - begin)
             measured[part] = statistics.median(times) / SECONDS
     measured["sum"] = sum(measured.values())
     return measured
+
+
+def _device_time() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def prefill_ms(checkpoint: Checkpoint, tokens: int) -> float:
@@ -75,7 +89,10 @@ def _features(rows: int) -> None:
 def _encoder(runner: Runner, rows: int) -> None:
     encoder, rates = runner.hearing.encoder, runner.checkpoint.rates
     states = [encoder.init_state() for _ in range(rows)]
-    chunk = torch.zeros(rows, runner.chunk_fbank_frames, encoder.dims.num_mel_bins)
+    like = runner.hearing
+    chunk = torch.zeros(
+        rows, runner.chunk_fbank_frames, encoder.dims.num_mel_bins, device=like.device, dtype=like.dtype
+    )
     for _ in range(round(SECONDS / rates.encoder_chunk_s)):
         hidden, state = encoder.forward_chunk(chunk, EncoderState.stack(states))
         encoder.ctc_log_probs(hidden)
@@ -88,9 +105,9 @@ def _llm(runner: Runner, rows: int) -> None:
     slots = list(range(rows))
     runner.llm_cache.lengths[:rows] = [CONTEXT_TOKENS] * rows
     per_second = rates.text_per_block / (rates.voice_per_block * rates.voice_token_s)
-    ids = torch.ones(rows, 1, dtype=torch.long)
+    ids = torch.ones(rows, dtype=torch.long, device=runner.device)
     for _ in range(round(SECONDS * per_second)):
-        hidden = runner.llm(ids, cache=runner.llm_cache, slots=slots)[:, 0]
+        hidden = runner.next_hidden(ids, slots)
         runner.llm.logits(hidden).argmax(dim=-1)
 
 
@@ -102,27 +119,32 @@ def _voice_lm(runner: Runner, rows: int) -> None:
     for row in range(rows):
         runner.sound.voice_cache.reset(row)
         stream = voice_lm.new_stream(row, row, voice_lm.dims.rules(), voice_lm.dims.sampling())
-        stream.push(torch.zeros(num_text, voice_lm.dims.hidden_size))
+        weight = voice_lm.llm_decoder.weight
+        stream.push(torch.zeros(num_text, voice_lm.dims.hidden_size, device=weight.device, dtype=weight.dtype))
         streams.append(stream)
     while any(s.turn.phase is not Phase.DONE and len(s.turn.voice_tokens) < num_tokens for s in streams):
-        voice_lm.decode_step(streams, runner.sound.voice_cache)
+        voice_lm.decode_step(streams, runner.sound.voice_cache, runner.sound.one_row)
 
 
 def _flow(runner: Runner, rows: int) -> None:
+    """All rows in one pass on a GPU, one after the other on a CPU, as the runner does."""
+    sound = runner.sound
     num_tokens = round(SECONDS / runner.checkpoint.rates.voice_token_s)
-    for _ in range(rows):
-        state = runner.sound.flow.new_state(runner.sound.voice)
-        runner.sound.flow.push(state, [1] * num_tokens, is_final=True)
-        while runner.sound.flow.can_step(state):
-            runner.sound.flow.step(state)
+    states = [sound.flow.new_state(sound.voice, slot=slot) for slot in range(rows)]
+    for state in states:
+        sound.flow.push(state, [1] * num_tokens, is_final=True)
+    for group in [states] if runner.device.type == "cuda" else [[state] for state in states]:
+        while sound.flow.can_step(group[0]):
+            sound.flow.step_rows(group, sound.flow_cache)
 
 
 def _vocoder(runner: Runner, rows: int) -> None:
-    flow = runner.sound.flow.dims
+    sound, flow = runner.sound, runner.sound.flow.dims
     frames = round(SECONDS / runner.checkpoint.rates.voice_token_s) * flow.frames_per_token
-    chunk = flow.encoder.static_chunk_size * flow.frames_per_token
+    chunk = flow.chunk_size * flow.frames_per_token
     mel = torch.from_numpy(np.random.default_rng(0).normal(-5, 1, (1, flow.num_mel_bins, frames)).astype(np.float32))
-    for _ in range(rows):
-        state = runner.sound.vocoder.new_state()
-        for begin in range(0, frames, chunk):
-            runner.sound.vocoder.push(mel[..., begin : begin + chunk], state, begin + chunk >= frames)
+    mel = mel.to(runner.device)
+    states = [sound.vocoder.new_state() for _ in range(rows)]
+    for begin in range(0, frames, chunk):
+        pieces = [mel[..., begin : begin + chunk]] * rows
+        push_rows(sound.vocoder, pieces, states, [begin + chunk >= frames] * rows)

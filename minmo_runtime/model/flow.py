@@ -382,7 +382,8 @@ class Flow(nn.Module):
         if state.prompt_mel is not None:
             piece = state.prompt_mel[..., begin : state.frames_done]
             condition[..., : piece.shape[-1]] = piece
-        state.chunk = ChunkInWork(mu, self.start(mu, [begin]), condition, num_frames=num_frames)
+        # The sum over Euler steps stays in float32, whatever the weights are in.
+        state.chunk = ChunkInWork(mu, self.start(mu.float(), [begin]), condition, num_frames=num_frames)
 
     def _euler(
         self,
@@ -397,7 +398,8 @@ class Flow(nn.Module):
         then = torch.tensor([points[chunk.num_steps_done + 1] for chunk in chunks], device=self._device)
         x, mu, condition = (torch.cat([getattr(chunk, name) for chunk in chunks]) for name in ("x", "mu", "condition"))
         speaker = torch.cat([state.speaker for state in states])
-        x = x + (then - now)[:, None, None].to(x.dtype) * self.direction(x, mu, now, speaker, condition, visible, cache)
+        v = self.direction(x.to(mu.dtype), mu, now, speaker, condition, visible, cache)
+        x = x + (then - now)[:, None, None] * v.float()
         for row, chunk in enumerate(chunks):
             chunk.x = x[row : row + 1]
             chunk.num_steps_done += 1

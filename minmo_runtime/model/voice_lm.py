@@ -14,7 +14,7 @@ Legend: B calls, T rows, N semantic vectors of one call, Q query vectors, D hidd
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,9 @@ from minmo_runtime.model.backbone import Backbone, KvCache
 from minmo_runtime.model.dims import BackboneDims, Dims
 from minmo_runtime.model.interleave import InterleaveRules, Row, RowKind, VoiceTurn
 from minmo_runtime.sampling import Draw, SamplingRules, draw_with, ras_sample
+
+# [n, D] and the slots of n rows → hidden [n, D]: minmo_runtime/decode_step.py
+OneRow = Callable[[Tensor, Sequence[int]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -152,10 +155,19 @@ class VoiceLm(nn.Module):
         return self.trunk.new_cache(num_slots, max_length)
 
     def new_stream(
-        self, slot: int, seed: int, rules: InterleaveRules, sampling: SamplingRules, query: Tensor | None = None
+        self,
+        slot: int,
+        seed: int,
+        rules: InterleaveRules,
+        sampling: SamplingRules,
+        query: Tensor | None = None,
+        prompt_voice: Sequence[int] = (),
+        num_prompt_text: int = 0,
     ) -> VoiceStream:
-        """Start one reply; `query` [Q, D] are the semantic vectors of the caller's turn."""
-        turn = VoiceTurn(rules, num_query=0 if query is None else len(query))
+        """Start one reply; `query` [Q, D] are the semantic vectors of the caller's turn. `prompt_voice`: voice tokens
+        that the reply continues, and how many of the vectors pushed first are what they say."""
+        num_query = 0 if query is None else len(query)
+        turn = VoiceTurn(rules, num_query, prompt_voice, num_prompt_text)
         return VoiceStream(turn, slot, draw_with(np.random.default_rng(seed)), sampling, query)
 
     def embed_rows(self, rows: Sequence[Row], semantic: Sequence[Tensor], query: Tensor | None = None) -> Tensor:
@@ -194,9 +206,11 @@ class VoiceLm(nn.Module):
         return self.llm_decoder(self.trunk(embeds=embeds))
 
     @torch.no_grad()
-    def decode_step(self, streams: Sequence[VoiceStream], cache: KvCache) -> list[int | None]:
+    def decode_step(
+        self, streams: Sequence[VoiceStream], cache: KvCache, one_row: OneRow | None = None
+    ) -> list[int | None]:
         """One step for every stream that has rows to feed; others stall. Returns each stream's new voice token, or
-        None.
+        None. `one_row` takes those that feed a single row (the usual case) in fixed shapes.
         """
         fed = [(index, stream.turn.next_rows()) for index, stream in enumerate(streams)]
         fed = [(index, rows) for index, rows in fed if rows]
@@ -204,7 +218,7 @@ class VoiceLm(nn.Module):
         if not fed:
             return emitted
         try:
-            scores = self._scores(streams, fed, cache)
+            scores = self._scores(streams, fed, cache, one_row)
         except Exception:
             for index, rows in fed:  # so that the step can be tried again with fewer rows
                 streams[index].turn.give_back(rows)
@@ -220,14 +234,31 @@ class VoiceLm(nn.Module):
         return emitted
 
     def _scores(
-        self, streams: Sequence[VoiceStream], fed: list[tuple[int, list[Row]]], cache: KvCache
+        self,
+        streams: Sequence[VoiceStream],
+        fed: list[tuple[int, list[Row]]],
+        cache: KvCache,
+        one_row: OneRow | None,
     ) -> NDArray[np.float32]:
         """[B, S + 3] of each row's last position."""
-        embeds, num_new = self._stack(streams, fed)
-        slots = [streams[index].slot for index, _ in fed]
-        hidden = self.trunk(embeds=embeds, cache=cache, slots=slots, num_new=num_new)
-        last = hidden[torch.arange(len(fed)), torch.tensor(num_new) - 1]  # [B, D]
-        return self.llm_decoder(last).float().cpu().numpy()
+        last: dict[int, Tensor] = {}
+        single = [item for item in fed if len(item[1]) == 1] if one_row is not None else []
+        if single and one_row is not None:
+            embeds, _ = self._stack(streams, single)
+            hidden = one_row(embeds[:, 0], [streams[index].slot for index, _ in single])
+            last = {index: hidden[row] for row, (index, _) in enumerate(single)}
+        others = [item for item in fed if item[0] not in last]
+        if others:
+            embeds, num_new = self._stack(streams, others)
+            slots = [streams[index].slot for index, _ in others]
+            try:
+                hidden = self.trunk(embeds=embeds, cache=cache, slots=slots, num_new=num_new)
+            except Exception:
+                for index in last:  # the step as a whole has not happened
+                    cache.lengths[streams[index].slot] -= 1
+                raise
+            last |= {index: hidden[row, num_new[row] - 1] for row, (index, _) in enumerate(others)}
+        return self.llm_decoder(torch.stack([last[index] for index, _ in fed])).float().cpu().numpy()
 
     def _stack(self, streams: Sequence[VoiceStream], fed: list[tuple[int, list[Row]]]) -> tuple[Tensor, list[int]]:
         """[B, T, D] padded with zeros on the right, and the rows per stream."""

@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from minmo_runtime.bench import gpu
+from minmo_runtime.bench import parents
+from minmo_runtime.bench.calls import Bench, Result, engine_config
+from minmo_runtime.bench.calls import table as calls_table
 from minmo_runtime.bench.engine import measure, table
-from minmo_runtime.random_checkpoint import write_random_checkpoint
+from minmo_runtime.bench.gpu import __main__ as gpu
+from minmo_runtime.random_checkpoint import TINY, write_random_checkpoint
 from minmo_runtime.weights import load_checkpoint
+
+HIFT = {
+    "kind": "hift",
+    "base_channels": 32,
+    "f0_cond_channels": 16,
+    "resblock_kernel_sizes": [3],
+    "resblock_dilation_sizes": [1],
+}
+SENSEVOICE = {
+    **TINY["encoder"],
+    "front_end": "lfr",
+    "lfr_m": 7,
+    "lfr_n": 6,
+    "fsmn_padding": "symmetric",
+    "chunk_frames": 0,
+    "left_context_frames": 0,
+    "num_queries": 16,
+    "tp_blocks": 1,
+}
 
 
 @pytest.mark.slow
@@ -23,6 +46,43 @@ def test_the_engine_bench_measures_every_part_for_each_number_of_calls(tmp_path:
     assert "UNTRAINED" in result["checkpoint"] and "first audio" in table(result)
 
 
-def test_the_gpu_bench_dry_runs_on_a_cpu() -> None:
-    result = gpu.measure(gpu.DRY, torch.device("cpu"), torch.float32, (1, 2))
-    assert result["decode"]["2"]["step_ms"] > 0 and result["prefill_48_tokens_ms"] > 0
+def test_the_gpu_bench_dry_runs_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    result = gpu.measure(gpu.DRY_RUN, torch.device("cpu"), "float32", [2], 0.6, 60.0)
+    assert result["llm"]["decode"]["2"]["step_ms"] > 0 and result["voice_lm"]["copy_gb_s"] > 0
+    assert result["rtf"]["2"]["flow"] > 0 and result["calls"][0]["calls"] == 2
+    assert json.loads(json.dumps(result)) and "real-time factor" in gpu.table(result)
+
+
+class Jumps:
+    """A clock that moves by itself: ten milliseconds at each look."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 0.01
+        return self.now
+
+
+def test_calls_go_round_and_their_first_audio_is_timed(tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(write_random_checkpoint(tmp_path))
+    config = replace(engine_config(checkpoint, 2, "cpu", "float32"), max_voice_tokens=50)
+    result = Bench(checkpoint, config, clock=Jumps()).run(seconds=9.0, warm_s=0.0)
+    assert result.num_replies >= 2 and not result.num_failed
+    assert len(result.first_audio_ms) >= 2 and min(result.first_audio_ms) > 10
+    assert result.bytes_per_call > 0
+
+
+def test_a_device_holds_as_many_calls_as_stay_within_the_limit() -> None:
+    good = Result(8, first_audio_ms=[100.0] * 99 + [290.0], num_replies=100)
+    late = Result(16, first_audio_ms=[100.0] * 90 + [400.0] * 10, num_replies=100)
+    broken = Result(32, first_audio_ms=[100.0] * 100, num_replies=100, num_gaps=2)
+    assert [result.is_held for result in (good, late, broken)] == [True, False, False]
+    assert "held at p95 first audio <= 300 ms, 45% speaking: 8 calls" in calls_table([good, late, broken])
+
+
+def test_the_parents_are_timed_beside_the_reference() -> None:
+    tables = {**TINY, "vocoder": HIFT, "encoder": SENSEVOICE}
+    rows = parents.measure(tables, [torch.float32], repeats=1)
+    assert [row.reference_ms for row in rows] == ["131-170", "131-170", "2000", "5700", "more", "662", "240"]
+    assert all(row.ours_ms > 0 for row in rows)

@@ -1,0 +1,130 @@
+"""Decoding in fixed shapes, as on a GPU but eagerly: the padded step gives what the plain forward pass gives."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from minmo_runtime.decode_step import DecodeStep, bucket, length_buckets
+from minmo_runtime.model.backbone import Backbone
+from minmo_runtime.model.dims import BackboneDims
+from minmo_runtime.model.voice_lm import VoiceLm, VoiceLmDims, VoiceStream
+from minmo_runtime.quantise import int8_linears
+
+DIMS = BackboneDims(
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=48,
+    vocab_size=60,
+)
+NUM_SLOTS = 6
+
+
+@pytest.fixture(scope="module")
+def model() -> Backbone:
+    torch.manual_seed(0)
+    return Backbone(DIMS).eval().requires_grad_(False).fuse()
+
+
+def test_buckets_are_the_smallest_that_fit() -> None:
+    assert [bucket(n, (1, 2, 4, 8)) for n in (1, 2, 3, 8)] == [1, 2, 4, 8]
+    assert length_buckets(1700) == (256, 512, 1024, 1700)
+    assert length_buckets(200) == (200,)
+
+
+@torch.inference_mode()
+def test_rows_of_any_age_in_any_company_equal_the_plain_pass(model: Backbone) -> None:
+    rng = random.Random(0)
+    plain, fixed = model.new_cache(NUM_SLOTS, 300), model.new_cache(NUM_SLOTS + 1, 300)
+    step = DecodeStep(model, fixed, has_graphs=False)
+    for slot, length in enumerate((250, 3, 17, 1, 40, 255)):  # lengths on both sides of a bucket
+        ids = torch.randint(0, 60, (1, length))
+        for cache in (plain, fixed):
+            model(ids, cache=cache, slots=[slot])
+    for _ in range(12):
+        slots = rng.sample(range(NUM_SLOTS), rng.randint(1, NUM_SLOTS))
+        embeds = model.embed(torch.randint(0, 60, (len(slots),)))
+        wanted = model(embeds=embeds[:, None], cache=plain, slots=slots)[:, 0]
+        made = step.run(embeds, slots)
+        assert float((made - wanted).abs().max()) < 1e-5
+    assert fixed.lengths[:NUM_SLOTS] == plain.lengths and fixed.lengths[NUM_SLOTS] == 0
+
+
+@torch.inference_mode()
+def test_a_nan_row_touches_neither_neighbours_nor_padding(model: Backbone) -> None:
+    cache = model.new_cache(4, 300)
+    step = DecodeStep(model, cache, has_graphs=False)
+    embeds = model.embed(torch.tensor([1, 2, 3]))
+    wanted = step.run(embeds, [0, 1, 2]).clone()
+    for slot in range(3):
+        cache.reset(slot)
+    embeds[1] = torch.nan
+    made = step.run(embeds, [0, 1, 2])
+    assert torch.isnan(made[1]).all() and torch.allclose(made[[0, 2]], wanted[[0, 2]])
+    step.run(model.embed(torch.tensor([4])), [0])
+    assert not torch.isnan(cache.keys[0][0]).any()
+
+
+def test_a_full_slot_is_named(model: Backbone) -> None:
+    cache = model.new_cache(3, 8)
+    cache.lengths[1] = 8
+    step = DecodeStep(model, cache, has_graphs=False)
+    with pytest.raises(ValueError, match=r"slots \[1\] are full"):
+        step.run(model.embed(torch.tensor([1, 1])), [0, 1])
+    assert cache.lengths == [0, 8, 0]
+
+
+def voice_lm() -> VoiceLm:
+    torch.manual_seed(1)
+    dims = VoiceLmDims(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        speech_token_size=40,
+        text_vocab_size=60,
+    )
+    return VoiceLm(dims).eval().requires_grad_(False)
+
+
+def speak(model: VoiceLm, is_fixed: bool) -> list[list[int]]:
+    """Three turns that begin and wait for text at different times."""
+    cache = model.new_cache(4, 300)
+    one_row = DecodeStep(model.trunk, cache, has_graphs=False).run if is_fixed else None
+    torch.manual_seed(2)
+    vectors = torch.randn(3, 20, 32)
+    streams: list[VoiceStream] = []
+    for tick in range(90):
+        if tick % 15 == 0 and len(streams) < 3:
+            row = len(streams)
+            streams.append(model.new_stream(row, row, model.dims.rules(), model.dims.sampling()))
+        for row, stream in enumerate(streams):
+            if tick % (5 + row) == 0 and len(stream.semantic) < 20:
+                stream.push(vectors[row, len(stream.semantic) : len(stream.semantic) + 5])
+                if len(stream.semantic) == 20:
+                    stream.finish()
+        model.decode_step(streams, cache, one_row)
+    return [stream.turn.voice_tokens for stream in streams]
+
+
+def test_the_voice_lm_draws_the_same_tokens_in_fixed_shapes() -> None:
+    model = voice_lm()
+    plain = speak(model, is_fixed=False)
+    assert plain == speak(model, is_fixed=True) and min(map(len, plain)) > 20
+
+
+@torch.inference_mode()
+def test_int8_layers_stay_close_to_their_floats() -> None:
+    torch.manual_seed(3)
+    model = Backbone(DIMS).eval()
+    ids = torch.randint(0, 60, (1, 30))
+    wanted = model(ids)
+    int8_linears(model.model.layers)
+    made = model(ids)
+    assert not isinstance(model.model.layers[0].mlp.up_proj, torch.nn.Linear)
+    assert 0 < float((made - wanted).abs().mean()) < 0.05 * float(wanted.abs().mean())
