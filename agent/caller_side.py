@@ -36,6 +36,15 @@ class CallerSide:
             self.turn_id = turn_id
         return kept
 
+    def end_turn(self, sample_16k: int, *, is_answered: bool) -> list[Keep]:
+        """The agent is audible: what follows belongs to another turn. Without an answer (a fixed line, e.g. a
+        protected one that the caller talked over) what was said until then has no row yet.
+        """
+        kept = self.keep_turn() if self.words.text and not self.turn_id and not is_answered else []
+        self.turn_id = ""
+        self.words.begin_turn(sample_16k)
+        return kept
+
     def correct_turn(self) -> list[Keep]:
         """The open turn says more, or something else, than when its row was written."""
         last = self.words.span[1] * self.leg_rate_hz // INPUT_SAMPLE_RATE_HZ

@@ -1,4 +1,4 @@
-"""Words of one island in the words of another: plain functions, one message each. Used by agent/call.py only."""
+"""Words of one island in the words of another: one message each. Used by agent/call.py and its parts."""
 
 from __future__ import annotations
 
