@@ -62,12 +62,11 @@ class Call:
         )
         self.wire = WireTimes(setup.sample_rate_hz)
         self.keypad = Keypad(setup.order_digits, setup.digit_timeout_s)
-        self.escalation = Escalation(setup.policy, setup.facts, setup.min_confidence)
+        self.escalation = Escalation(self.context, setup.policy, setup.facts, setup.min_confidence)
         frame = CallFrame(setup.order_digits, setup.facts.started_at.weekday())
         self.desk = ToolDesk(setup.call_id, setup.tools, frame)
         self._to_16k = StreamResampler(setup.sample_rate_hz, api.INPUT_SAMPLE_RATE_HZ)
         self._typed = ""  # a number typed on the keypad, not answered yet
-        self._refer_after = ""  # turn that announces a transfer
         self._is_confirmed = self._is_over = False
         self._disposition, self._cause = "completed", ""
 
@@ -95,6 +94,10 @@ class Call:
                 self._on_confirmed(event, now)
             case tel.ReferResult():
                 self._on_referred(event, now)
+            case tel.HoldChanged(is_held=is_held, by=by):
+                self.context.journal("hold" if is_held else "unhold", by=by)
+            case tel.MediaHealth():
+                self._on_media_health(event)
             case tel.LegDisconnected():
                 self._on_disconnected(event, now)
             # -------------------------------------------------------- the runtime
@@ -240,7 +243,7 @@ class Call:
             case Outcome.INCOMPLETE:
                 self._floor(floor.LineWanted("keypad_incomplete"), now)
             case Outcome.PERSON:
-                self._floor(floor.LineWanted(self._person_line()), now)
+                self._floor(floor.LineWanted(self.escalation.person_line()), now)
             case Outcome.NOTHING:
                 pass
 
@@ -262,9 +265,7 @@ class Call:
             self.context.keep("notice_finished", sample=self.context.sample)
         for commit in self.desk.heard(turn_id):
             self._commit(commit, now)
-        if self._refer_after == turn_id:
-            self._refer_after = ""
-            self._refer()
+        self.escalation.heard(turn_id)
 
     def _on_reply_finished(self, event: api.ReplyFinished, now: float) -> None:
         self.agent.on_finished(event, now)
@@ -319,7 +320,7 @@ class Call:
             self.context.journal("end_of_turn", how=action.how, turn_id=action.turn_id, sample=self.context.sample)
         if purpose != "reply":
             if purpose == "transfer_start":
-                self._refer_after = action.turn_id
+                self.escalation.announce(action.turn_id)
             self.agent.say_line(action.turn_id, purpose, now)
             return
         if self._typed:
@@ -334,15 +335,12 @@ class Call:
             self.context.add(*self.caller.correct_turn())
         elif text:
             self.context.add(*self.caller.keep_turn(text))
-        purpose = self.escalation.line_for(text, self.caller.words.confidence)
-        self.context.add(*self.escalation.take_kept())
-        return purpose
+        return self.escalation.line_for(text, self.caller.words.confidence)
 
     def _cut(self, turn_id: str, reason: str) -> None:
         self._carry(self.desk.cut(turn_id))
         self.context.keep_figures(self.wire.cut(turn_id))
-        if self._refer_after == turn_id:
-            self._refer_after = ""
+        self.escalation.cut(turn_id)
         self.agent.cut(turn_id, reason)
 
     def _discard_overlap(self, action: floor.DiscardOverlap) -> None:
@@ -371,29 +369,25 @@ class Call:
             case "hang_up":
                 self._floor(floor.HangUpWanted("agent_goodbye"), now)
             case "transfer":  # the model has said already what happens now
-                if self._person_line() == "transfer_start":
-                    self._refer()
+                if self.escalation.person_line() == "transfer_start":
+                    self.escalation.refer()
             case "request_callback":
                 self.escalation.callback_line("caller agreed to a callback")
-                self.context.add(*self.escalation.take_kept())
-
-    def _person_line(self) -> str:
-        line = self.escalation.person_line()
-        self.context.add(*self.escalation.take_kept())
-        return line
-
-    def _refer(self) -> None:
-        self.context.add(tel.Refer(leg_id=self.leg_id, refer_to=self.escalation.refer_to))
 
     def _on_referred(self, event: tel.ReferResult, now: float) -> None:
-        self.context.journal("refer_result", sip_status=event.sip_status, reason=event.reason)
-        if 200 <= event.sip_status < 300:
-            self._disposition, self._cause = "transferred", "transferred"
-            self._floor(floor.HangUpWanted("transferred"), now)
-        else:
-            line = self.escalation.callback_line(f"transfer refused: {event.sip_status} {event.reason}")
-            self.context.add(*self.escalation.take_kept())
+        if line := self.escalation.referred(event):
             self._floor(floor.LineWanted(line), now)
+        else:
+            self._disposition = self._cause = "transferred"
+            self._floor(floor.HangUpWanted("transferred"), now)
+
+    def _on_media_health(self, event: tel.MediaHealth) -> None:
+        """Said once, two seconds after the answer: one-way audio has its name in the record."""
+        fields = {name: getattr(event, name) for name in event.__struct_fields__ if name != "leg_id"}
+        self.context.journal("media_health", **fields)
+        if event.verdict.startswith("one_way"):
+            detail = f"{event.packets_in} packets in, {event.packets_out} out, {event.codec}, {event.promised_address}"
+            self.context.keep("add_defect", kind=event.verdict, detail=detail)
 
     # ====================================================== time, and a dead engine
 

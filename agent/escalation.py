@@ -1,29 +1,31 @@
-"""What the agent says when the model shall not answer: not understood, keypad, a person, a callback.
+"""What happens when the model shall not answer: not understood, keypad, a person, a callback.
 
-Keeps the facts of the call that policies ask for, asks them, and remembers what must follow once the line was heard.
-Pure.
+Keeps the facts of the call that policies ask for, asks them, and says which line is said. A transfer is announced
+first; the REFER goes out when the announcement was heard, and one that is refused becomes a callback. Pure.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import msgspec
 
-from agent.events import Keep
+from agent.call_context import CallContext
 from policies.decisions import EscalationDecision
 from policies.engine import PolicyEngine
 from policies.facts import CallFacts
+from telephony import leg as tel
 
 
 @dataclass
 class Escalation:
+    context: CallContext
     policy: PolicyEngine
     facts: CallFacts
     min_confidence: float
-    refer_to: str = ""  # set when a transfer was announced
+    refer_to: str = ""  # set when a person can be reached
     has_callback: bool = False
-    kept: list[Keep] = field(default_factory=list)  # to be taken by the call
+    _announcing: str = ""  # the turn that announces the transfer
 
     def line_for(self, text: str, confidence: float) -> str:
         """ "reply" when the caller was understood, else the line to say."""
@@ -45,12 +47,33 @@ class Escalation:
         """Nobody can be reached: a callback is promised and stored."""
         if not self.has_callback:
             self.has_callback = True
-            self.kept.append(Keep("request_callback", {"reason": reason}))
+            self.context.keep("request_callback", reason=reason)
         return "transfer_failed"
 
-    def take_kept(self) -> list[Keep]:
-        kept, self.kept = self.kept, []
-        return kept
+    # -------------------------------------------------------------- the transfer
+
+    def announce(self, turn_id: str) -> None:
+        """This turn says that the caller is connected now."""
+        self._announcing = turn_id
+
+    def cut(self, turn_id: str) -> None:
+        if self._announcing == turn_id:
+            self._announcing = ""
+
+    def heard(self, turn_id: str) -> None:
+        if self._announcing == turn_id:
+            self._announcing = ""
+            self.refer()
+
+    def refer(self) -> None:
+        self.context.add(tel.Refer(leg_id=self.context.leg_id, refer_to=self.refer_to))
+
+    def referred(self, event: tel.ReferResult) -> str:
+        """The line to say; "" when the caller has been taken over."""
+        self.context.journal("refer_result", sip_status=event.sip_status, reason=event.reason)
+        if 200 <= event.sip_status < 300:
+            return ""
+        return self.callback_line(f"transfer refused: {event.sip_status} {event.reason}")
 
     def _to_person(self, decision: EscalationDecision) -> str:
         if decision.action == "transfer" and decision.refer_to:
@@ -64,5 +87,5 @@ class Escalation:
 
     def _decide(self) -> EscalationDecision:
         decision = self.policy.escalate(self.facts)
-        self.kept.append(Keep("journal_append", {"name": "escalation", **msgspec.to_builtins(decision)}))
+        self.context.journal("escalation", **msgspec.to_builtins(decision))
         return decision
