@@ -40,12 +40,12 @@ class Conversation:
     def add(self, role: str, text: str) -> None:
         self.messages.append(Message(role, text))
 
-    def retarget(self, opening: str = "") -> None:
+    def retarget(self, opening: str = "", begun: str = "") -> None:
         """Recompute what the cache should hold: all messages, then `opening` (the role of the message to come, or
-        "")."""
+        "") and as much of that message as is known already."""
         self.opening = opening
         rendered = [self.tokenizer.encode(chat_turn(m.role, m.text)) for m in self.messages]
-        last = self.tokenizer.encode(ROLE_OPEN.format(role=opening)) if opening else []
+        last = self.tokenizer.encode(ROLE_OPEN.format(role=opening) + begun) if opening else []
         self._drop_oldest(rendered, len(last))
         self.target_ids, self.user_span = [], (0, 0)
         head = len(self.tokenizer.encode(ROLE_OPEN.format(role="user")))

@@ -42,6 +42,7 @@ class Segment:
     fbank: Any = None
     encoder_state: Any = None
     pending_features: Any = None
+    settled: Any = None  # full_context.SettledText, of an encoder that runs again over the whole segment
 
     def append(self, pcm: NDArray[np.int16]) -> None:
         self.pcm.append(pcm)

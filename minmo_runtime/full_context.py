@@ -44,6 +44,7 @@ def query_rows(language: str = "auto", has_itn: bool = False) -> tuple[int, int,
 class SettledText:
     """Token ids that two consecutive runs agree on. One per segment."""
 
+    kept: str = ""  # text of what the segment held before it became too long
     tokens: list[int] = field(default_factory=list)  # of the latest run
     settled: list[int] = field(default_factory=list)
 
@@ -54,6 +55,10 @@ class SettledText:
             shared += 1
         self.tokens, self.settled = list(tokens), list(tokens[:shared])
         return self.settled
+
+
+def joined(before: str, after: str) -> str:
+    return f"{before} {after}".strip()
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from minmo_runtime import features
 from minmo_runtime.ctc import align_prefix, heard_words
 from minmo_runtime.ear import Segment
+from minmo_runtime.full_context import MAX_SEGMENT_S, Heard, SettledText, hear, joined, query_rows
 from minmo_runtime.model.encoder import EncoderState
 from minmo_runtime.rows import StreamFailure, check, each
 from minmo_runtime.stream import Stream, Truncation
@@ -39,11 +40,24 @@ class Hearing:
         self.device, self.dtype = device, dtype
 
     @property
+    def is_full_context(self) -> bool:
+        return self.encoder.dims.chunk_frames == 0
+
+    @property
     def chunk_fbank_frames(self) -> int:
+        """New fbank frames with which a segment is worth a job."""
+        if self.is_full_context:
+            return self.rates.encoder_chunk_frames * self.encoder.dims.lfr_n
         return self.encoder.fbank_frames_per_chunk
 
     def encode(self, streams: list[Stream]) -> dict[str, str]:
-        """One encoder chunk of each call's oldest segment."""
+        """One encoder chunk of each call's oldest segment; a full-context encoder runs over all of it again."""
+        if self.is_full_context:
+            return self._encode_whole(streams)
+        failed = each([s for s in streams if s.ear.segments[0].is_spent], lambda _, stream: self._finish(stream))
+        streams = [stream for stream in streams if stream.ear.segments and not stream.ear.segments[0].is_final]
+        if not streams:
+            return failed
         segments = [stream.ear.segments[0] for stream in streams]
         for segment in segments:
             self._gather(segment)
@@ -57,12 +71,56 @@ class Hearing:
             segment = segments[row]
             self._chunk_done(segment)
             segment.encoder_state = states.row(row)
+            stream.ear.num_chunks_encoded += 1
+            if stream.predicts_itself:
+                stream.new_frames.append(hidden[row])
             grown = segment.ctc.push(log_probs[row].numpy())
             text = self._ctc_text(segment.ctc.tokens) if grown else segment.text
             if caption := stream.ear.take_text(segment, text):
                 stream.emit(caption)
 
-        return each(streams, take)
+        return failed | each(streams, take)
+
+    def _finish(self, stream: Stream) -> None:
+        """A segment that ended exactly with a chunk that was encoded before: nothing is left to run."""
+        segment = stream.ear.segments[0]
+        segment.is_final = True
+        if caption := stream.ear.take_text(segment, segment.text):
+            stream.emit(caption)
+
+    def _encode_whole(self, streams: list[Stream]) -> dict[str, str]:
+        """All of each segment so far; its text may change with every run, what two runs agree on goes ahead."""
+        segments = [stream.ear.segments[0] for stream in streams]
+        for segment in segments:
+            self._gather(segment)
+        listening = self.checkpoint.listening
+        running = [segment for segment in segments if len(segment.pending_features)]
+        fbanks = [segment.pending_features.to(self.device, self.dtype) for segment in running]
+        rows = query_rows(listening.language, listening.has_itn)
+        made = hear(self.encoder, fbanks, rows) if running else []
+        heard = {id(segment): one for segment, one in zip(running, made, strict=True)}
+        return each(streams, lambda row, stream: self._take_whole(stream, segments[row], heard.get(id(segments[row]))))
+
+    def _take_whole(self, stream: Stream, segment: Segment, heard: Heard | None) -> None:
+        if segment.settled is None:
+            segment.settled = SettledText()
+        text = segment.settled.kept
+        if heard is not None:
+            check(torch.from_numpy(heard.log_probs), "the encoder")
+            segment.ctc = self.checkpoint.captions.new()
+            segment.ctc.push(heard.log_probs)
+            tokens = segment.ctc.tokens
+            ahead = segment.settled.push(tokens)
+            if not segment.is_overlap and not segment.is_discarded:
+                stream.expect_user_turn(joined(text, self._ctc_text(tokens if segment.is_closed else ahead)))
+            text = joined(text, self._ctc_text(tokens))
+            if len(segment.pending_features) > MAX_SEGMENT_S * features.FRAMES_PER_S:
+                segment.settled = SettledText(kept=text)
+                segment.pending_features = segment.pending_features[:0]
+        segment.is_final = segment.is_closed
+        segment.num_frames_encoded = features.num_frames(segment.num_samples)
+        if caption := stream.ear.take_text(segment, text):
+            stream.emit(caption)
 
     def _gather(self, segment: Segment) -> None:
         """Everything that waits as samples becomes features that wait."""
@@ -101,6 +159,12 @@ class Hearing:
 
     def _align(self, stream: Stream) -> None:
         truncation = stream.truncations[0]
+        if self.is_full_context:
+            rows = query_rows(self.checkpoint.listening.language)  # words as they are spoken
+            fbank = self._own_features(truncation).to(self.device, self.dtype)
+            truncation.log_probs.append(hear(self.encoder, [fbank], rows)[0].log_probs)
+            stream.finish_truncation(truncation, self.heard_text(truncation))
+            return
         if truncation.audio is None:
             truncation.audio = self._own_features(truncation)
             truncation.encoder_state = self.encoder.init_state()

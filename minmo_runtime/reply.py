@@ -55,6 +55,7 @@ class Reply:
     # --- text
     text: str = ""  # spoken text so far
     text_stream: Any = None  # text.TextStream
+    spoken: Any = None  # spoken_form.SpokenStream, where the voice LM reads text by its own table
     token_ids: list[int] = field(default_factory=list)  # spoken tokens
     num_drawn: int = 0  # tokens drawn by the LLM in this reply, spoken or not
     hidden: Any = None  # [D_llm], last hidden state: samples the next token

@@ -202,10 +202,15 @@ class Runner:
 
     def _speak_token(self, stream: Stream, reply: Reply, token: int) -> None:
         """A spoken token: its text goes out, its semantic vector to the voice LM."""
+        written = reply.forced_text if reply.is_forced and reply.num_drawn == 1 else ""
         if not reply.is_forced:
             if reply.text_stream is None:
                 reply.text_stream = TextStream(self.checkpoint.text_tokenizer)
-            stream.send_text(reply, reply.text_stream.push(token))
+            written = reply.text_stream.push(token)
+            stream.send_text(reply, written)
+        if self.sound.voice_text is not None:
+            self.sound.speak_text(stream, reply, written)
+            return
         if reply.voice is None:
             self.sound.begin(stream, reply)
         ids = torch.tensor([token], device=self.device)
@@ -216,8 +221,10 @@ class Runner:
         reply.is_voice_waiting = False
 
     def _end_text(self, stream: Stream, reply: Reply) -> None:
-        if reply.text_stream is not None:
-            stream.send_text(reply, reply.text_stream.finish())
+        rest = reply.text_stream.finish() if reply.text_stream is not None else ""
+        stream.send_text(reply, rest)
+        if self.sound.voice_text is not None:
+            self.sound.speak_text(stream, reply, rest, is_last=True)
         if reply.voice is not None:
             reply.voice.finish()
             reply.is_voice_waiting = False

@@ -19,6 +19,7 @@ from minmo_runtime.model.vocoder import push_rows
 from minmo_runtime.model.voice_lm import OneRow
 from minmo_runtime.reply import Reply
 from minmo_runtime.rows import StreamFailure, check, each
+from minmo_runtime.spoken_form import SpokenStream
 from minmo_runtime.stream import Stream
 from minmo_runtime.weights import Checkpoint
 
@@ -31,6 +32,8 @@ class Sound:
     def __init__(self, checkpoint: Checkpoint, config: RuntimeConfig, device: torch.device) -> None:
         modules = checkpoint.modules
         self.config = config
+        self.lexicon = checkpoint.lexicon
+        self.language = checkpoint.facts.languages[0] if checkpoint.facts.languages else "en"
         self.voice_lm, self.flow, self.vocoder = modules.voice_lm, modules.flow, modules.vocoder
         self.output_projector = modules.output_projector
         length = config.max_voice_tokens + 2 * config.max_reply_tokens + config.max_context_tokens
@@ -39,6 +42,33 @@ class Sound:
         self.flow_cache = self.flow.new_cache(config.max_streams, self.flow.dims.window_chunks(config.flow_window_s))
         weight = self.flow.encoder_proj.weight
         self.voice = checkpoint.default_voice().to(device, weight.dtype)
+        self.voice_text = checkpoint.voice_text if "out" in checkpoint.bridges else None
+        self._take_prompt(checkpoint)
+
+    def _take_prompt(self, checkpoint: Checkpoint) -> None:
+        """What every reply continues: the prompt's words, its voice tokens and its mel."""
+        prompt = checkpoint.prompt_voice
+        self.prompt_tokens: tuple[int, ...] = ()
+        self.prompt_vectors: Tensor | None = None
+        self.prompt_mel: Tensor | None = None
+        if prompt is None or self.voice_text is None:
+            return
+        self.voice = prompt.speaker.to(self.voice)
+        self.prompt_tokens, self.prompt_mel = prompt.tokens, prompt.mel.to(self.voice)
+        ids = self.voice_text.encode(prompt.text)
+        self.prompt_vectors = self.voice_lm.text_vectors(torch.tensor(ids, device=self.voice.device))
+
+    def speak_text(self, stream: Stream, reply: Reply, text: str, *, is_last: bool = False) -> None:
+        """The bridge `out`: what the LLM wrote, as it is said, by the voice LM's own tokenizer and text table."""
+        assert self.voice_text is not None, "the voice LM reads the LLM's own ids"
+        if reply.spoken is None:
+            reply.spoken = SpokenStream(self.language, self.lexicon)
+        ready = reply.spoken.push(text) + (reply.spoken.finish() if is_last else "")
+        if ids := self.voice_text.encode(ready):
+            if reply.voice is None:
+                self.begin(stream, reply)
+            reply.voice.push(self.voice_lm.text_vectors(torch.tensor(ids, device=self.voice.device)))
+            reply.is_voice_waiting = False
 
     def free(self, slot: int) -> None:
         """Nothing of the slot's last owner stays: a NaN would reach the next one."""
@@ -55,8 +85,13 @@ class Sound:
             query = self.output_projector.query(hidden, embedding)
         dims = self.voice_lm.dims
         seed = voice_seed(stream.seed, reply)
-        reply.voice = self.voice_lm.new_stream(stream.slot, seed, dims.rules(), dims.sampling(), query)
-        reply.flow = self.flow.new_state(self.voice, slot=stream.slot)
+        tokens, said = self.prompt_tokens, self.prompt_vectors
+        reply.voice = self.voice_lm.new_stream(
+            stream.slot, seed, dims.rules(), dims.sampling(), query, tokens, 0 if said is None else len(said)
+        )
+        if said is not None:
+            reply.voice.push(said)
+        reply.flow = self.flow.new_state(self.voice, list(tokens), self.prompt_mel, slot=stream.slot)
         reply.vocoder_state = self.vocoder.new_state()
 
     def voice_tokens(self, streams: list[Stream]) -> dict[str, str]:

@@ -114,6 +114,14 @@ class Stream:
             case _:
                 raise ValueError("not a request to an open stream")
 
+    def expect_user_turn(self, settled: str) -> None:
+        """What has settled of the caller's open segment goes into the LLM's cache ahead of the turn's end. If later
+        words differ, the common prefix shrinks: the cache is cut back there, and nothing else has to be undone."""
+        if self.replies or self.truncations or self.needs_hidden:
+            return
+        text = " ".join(part for part in (*self.ear.overlap_text, *self.ear.user_text, settled) if part)
+        self.conversation.retarget("user", plain(normalise_spoken(text)))
+
     def _start_reply(self, request: StartReply, now: float) -> None:
         self.ear.adopt_overlap()  # neither discarded nor cut by: it is part of what is answered
         self.ear.close_segment()

@@ -8,6 +8,7 @@ captions in step 10.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -164,11 +165,25 @@ def format_tool_line(name: str, arguments: dict[str, str]) -> str:
 
 
 def parse_tool_line(line: str) -> tuple[str, dict[str, str]]:
-    """The inverse; ValueError if a key stands without a value or nothing is there."""
+    """The inverse; ValueError if a key stands without a value or nothing is there.
+
+    Qwen2.5's own form is understood too: {"name": "look_up_order", "arguments": {"order_number": "45612"}}.
+    """
+    if line.startswith("{"):
+        return _parse_json_call(line)
     words = line.split()
     if not words or len(words) % 2 == 0:
         raise ValueError(f"tool line {line!r}: expected a name and pairs of key and value")
     return words[0], dict(zip(words[1::2], words[2::2], strict=True))
+
+
+def _parse_json_call(line: str) -> tuple[str, dict[str, str]]:
+    try:
+        call = json.loads(line)
+        arguments = call.get("arguments") or {}
+        return str(call["name"]), {str(key): str(value) for key, value in arguments.items()}
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"tool line {line!r}: expected an object with name and arguments") from error
 
 
 # ---------------------------------------------------------------- for the eye
@@ -204,9 +219,8 @@ class TextTokenizer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._specials = {
-            added.content: token_id for token_id, added in tokenizer.get_added_tokens_decoder().items() if added.special
-        }
+        # Qwen2.5 adds <tool_call> without calling it special; it is one all the same.
+        self._specials = {added.content: token_id for token_id, added in tokenizer.get_added_tokens_decoder().items()}
 
     @classmethod
     def from_file(cls, path: str | Path) -> TextTokenizer:

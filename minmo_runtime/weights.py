@@ -5,6 +5,7 @@
     [rates]       frame times (rates.Rates)
     [tokenizers]  text = "text_tokenizer.json", ctc = "ctc_tokenizer.json"
     [encoder] ... one table of sizes per part (the part's Dims; [vocoder] has a `kind` beside them)
+    [listening]   language and text form that a full-context encoder is asked for (full_context.py)
     [files.encoder]   path, sha256, voice_tokenizer_sha256 (voice_lm and flow: which tokenizer their voice tokens are
     from)
 
@@ -39,6 +40,10 @@ from minmo_runtime.model.output_projector import OutputProjector, OutputProjecto
 from minmo_runtime.model.projector import InputProjector, ProjectorDims
 from minmo_runtime.model.vocoder import Vocoder, build_vocoder, sample_rate_hz
 from minmo_runtime.model.voice_lm import VoiceLm, VoiceLmDims
+from minmo_runtime.profiles import Files, ProfileError, models_folder, read_profile
+from minmo_runtime.prompt_voice import PromptVoice, read_prompt_voice
+from minmo_runtime.public_files import PublicFileError, read_am_mvn, read_tensors
+from minmo_runtime.public_tokenizers import load_tokenizer
 from minmo_runtime.rates import Rates
 from minmo_runtime.text import TextTokenizer
 
@@ -96,6 +101,14 @@ class CheckpointFacts:
     voices: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Listening:
+    """What a full-context encoder is asked for: its language row, and whether numbers and punctuation are written."""
+
+    language: str = "auto"
+    has_itn: bool = False
+
+
 @dataclass
 class Checkpoint:
     """Everything the runner needs, on the CPU, in eval mode."""
@@ -109,6 +122,10 @@ class Checkpoint:
     modules: Modules
     captions: CaptionReader = CaptionReader()
     voices: dict[str, Tensor] = field(default_factory=dict)  # name → speaker vector [1, spk_embed_dim] of the flow
+    listening: Listening = Listening()
+    voice_text: TextTokenizer | None = None  # of the voice LM, where its text table is not the LLM's (bridge `out`)
+    lexicon: dict[str, str] = field(default_factory=dict)  # words said otherwise than written (bridge `out`)
+    prompt_voice: PromptVoice | None = None  # a few seconds of speech that a parent's voice continues
     untrained: tuple[str, ...] = ()  # parts that started at random
     warnings: list[str] = field(default_factory=list)
 
@@ -135,8 +152,8 @@ def read_contents(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: not there; a checkpoint folder holds checkpoint.toml")
     try:
-        contents = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+        contents = read_profile(folder)
+    except (tomllib.TOMLDecodeError, ProfileError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     allowed = {
         "name",
@@ -144,6 +161,8 @@ def read_contents(folder: Path) -> dict[str, Any]:
         "rates",
         "tokenizers",
         "captions",
+        "lexicon",
+        "listening",
         "files",
         "notes",
         *_BUILDERS,
@@ -154,8 +173,6 @@ def read_contents(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: unknown key {', '.join(unknown)}; allowed: {', '.join(sorted(allowed))}")
     if missing := [key for key in ("name", "tokenizers", *NEEDED) if key not in contents]:
         raise CheckpointError(f"{path}: missing {', '.join(missing)}")
-    if not contents.get("encoder", {}).get("chunk_frames"):
-        raise CheckpointError(f"{path}: encoder.chunk_frames = 0: a full-context encoder is not served yet")
     if "duplex" in contents and "projector" not in contents:
         raise CheckpointError(
             f"{path}: [duplex] without [projector]: a predictor without a trained projector is refused"
@@ -181,12 +198,16 @@ def _known(contents: Mapping[str, Any], name: str, kind: type) -> dict[str, Any]
     return table
 
 
-def load_checkpoint(folder: str | Path, seed: int = 0) -> Checkpoint:
-    """Read a folder. Parts with sizes but no weights are filled at random from `seed` and named in `untrained`."""
+def load_checkpoint(folder: str | Path, seed: int = 0, models: str | Path = "") -> Checkpoint:
+    """Read a folder. Parts with sizes but no weights are filled at random from `seed` and named in `untrained`.
+
+    `models`: where the public files lie that a profile names as "<source>:<file>" (profiles.models_folder).
+    """
     folder = Path(folder)
     contents = read_contents(folder)
-    files = contents.get("files", {})
-    _check_voice_tokenizer(files)
+    listed = contents.get("files", {})
+    _check_voice_tokenizer(listed)
+    files = Files(folder, models_folder(str(models)))
     modules: dict[str, nn.Module] = {}
     untrained: list[str] = []
     warnings: list[str] = []
@@ -194,19 +215,23 @@ def load_checkpoint(folder: str | Path, seed: int = 0) -> Checkpoint:
     for part, (read_dims, build) in _BUILDERS.items():
         if part not in contents:
             continue
+        entry = listed.get(part, {})
+        path = files.path(str(entry.get("path", f"{part}.safetensors")))
+        is_public = ":" in str(entry.get("path", ""))
+        if not path.is_file() and is_public and part not in CONNECTORS:
+            raise CheckpointError(f"{path}: not there; run `minmo models fetch {contents['name']}`")
+        if not path.is_file() and part in CONNECTORS:
+            warnings.append(f"{part}: sizes without weights; the bridge {CONNECTORS[part]!r} stands in")
+            continue
         try:
             module = build(read_dims(contents[part]))
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{folder / 'checkpoint.toml'}: [{part}]: {error}") from error
-        path = folder / str(files.get(part, {}).get("path", f"{part}.safetensors"))
         if path.is_file():
-            _check_hash(path, files.get(part, {}).get("sha256", ""))
-            load_weights(module, path)
+            _check_hash(path, entry.get("sha256", ""))
+            load_weights(module, path, files.path(entry["cmvn"]) if "cmvn" in entry else None)
             if not any(bool(weight.any()) for weight in module.parameters()):
                 untrained.append(part)  # a file of zeros is there, but nobody has trained it
-        elif part in CONNECTORS:
-            warnings.append(f"{part}: sizes without weights; the bridge {CONNECTORS[part]!r} stands in")
-            continue
         else:
             untrained.append(part)
         if part in NOT_SERVED:
@@ -215,22 +240,47 @@ def load_checkpoint(folder: str | Path, seed: int = 0) -> Checkpoint:
         modules[part] = module.eval().requires_grad_(False)
         if isinstance(module, HiftVocoder):
             module.fold_weight_norm()
-    tokenizers = contents["tokenizers"]
+    _check_predictor(modules, folder)
+    tokenizers = {key: _tokenizer(files.path(name)) for key, name in contents["tokenizers"].items()}
+    prompt = files.path(str(listed.get("prompt_voice", {}).get("path", "prompt_voice.safetensors")))
     checkpoint = Checkpoint(
         name=contents["name"],
         folder=folder,
         rates=Rates.from_dict(contents.get("rates", {})),
         facts=_facts(contents),
-        text_tokenizer=TextTokenizer.from_file(_existing(folder / tokenizers["text"])),
-        ctc_tokenizer=Tokenizer.from_file(str(_existing(folder / tokenizers["ctc"]))),
+        text_tokenizer=TextTokenizer(tokenizers["text"]),
+        ctc_tokenizer=tokenizers["ctc"],
         captions=_captions(contents.get("captions", {}), folder),
         modules=Modules(**modules),  # type: ignore[arg-type]  # one builder per field, by name
-        voices=_voices(folder / str(files.get("voices", {}).get("path", "voices.safetensors"))),
+        voices=_voices(files.path(str(listed.get("voices", {}).get("path", "voices.safetensors")))),
+        listening=Listening(**_known(contents, "listening", Listening)),
+        voice_text=TextTokenizer(tokenizers["voice"]) if "voice" in tokenizers else None,
+        lexicon={str(word): str(said) for word, said in contents.get("lexicon", {}).items()},
+        prompt_voice=read_prompt_voice(prompt) if prompt.is_file() else None,
         untrained=tuple(untrained),
         warnings=warnings,
     )
+    if "prompt_voice" in listed and checkpoint.prompt_voice is None:
+        warnings.append(f"{prompt}: no prompt voice; `minmo models voice` makes one from a few seconds of speech")
     _check_fit(checkpoint)
     return checkpoint
+
+
+def _check_predictor(modules: Mapping[str, nn.Module], folder: Path) -> None:
+    """A profile has sizes for every connector; whether a predictor may stand depends on the files that are there."""
+    duplex = modules.get("duplex")
+    if isinstance(duplex, DuplexPredictor) and duplex.dims.input != "encoder" and "projector" not in modules:
+        raise CheckpointError(
+            f"{folder / 'checkpoint.toml'}: the duplex predictor is there without a trained projector and is refused: "
+            "it reads the LLM's hidden states of the caller's audio"
+        )
+
+
+def _tokenizer(path: Path) -> Tokenizer:
+    try:
+        return load_tokenizer(path)
+    except PublicFileError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _captions(table: Mapping[str, Any], folder: Path) -> CaptionReader:
@@ -243,12 +293,6 @@ def _captions(table: Mapping[str, Any], folder: Path) -> CaptionReader:
 def _voices(path: Path) -> dict[str, Tensor]:
     """Speaker vectors by name, [D] or [1, D] in the file."""
     return {name: vector.float().view(1, -1) for name, vector in load_file(str(path)).items()} if path.is_file() else {}
-
-
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: not there")
-    return path
 
 
 def _check_hash(path: Path, expected: str) -> None:
@@ -283,16 +327,21 @@ def _check_fit(checkpoint: Checkpoint) -> None:
             raise CheckpointError(f"{name} = {value}: must be {relation} to that of the {other}, {wanted}")
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Fill a module from one safetensors file; every difference is named with its key and shape."""
+def load_weights(module: nn.Module, path: Path, cmvn: Path | None = None) -> None:
+    """Fill a module from one file (ours or a parent's); every difference is named with its key and shape. `cmvn`: the
+    parent's am.mvn, which stands beside its weights."""
     try:
-        stored = load_file(str(path))
-    except Exception as error:  # safetensors raises its own untyped errors for broken files
-        raise CheckpointError(f"{path}: {error}") from error
+        stored = read_tensors(path)
+        if cmvn is not None:
+            stored["cmvn_shift"], stored["cmvn_scale"] = read_am_mvn(cmvn)
+    except (PublicFileError, OSError) as error:
+        raise CheckpointError(str(error)) from error
     scales = {key.removesuffix(".scale"): stored.pop(key) for key in list(stored) if key.endswith(".scale")}
     tensors = {key: _to_float(tensor, scales.get(key)) for key, tensor in stored.items()}
     if isinstance(module, HiftVocoder):
         tensors = hift_keys(tensors)
+    if isinstance(module, Backbone) and module.lm_head is None:
+        tensors.pop("lm_head.weight", None)  # the tied table a second time
     wanted = module.state_dict()
     for key in wanted.keys() & tensors.keys():
         if wanted[key].shape != tensors[key].shape:
@@ -300,6 +349,8 @@ def load_weights(module: nn.Module, path: Path) -> None:
                 f"{path}: {key} has shape {list(tensors[key].shape)}, the sizes in checkpoint.toml want "
                 f"{list(wanted[key].shape)}"
             )
+    if isinstance(module, VoiceLm):
+        tensors.pop("llm.model.lm_head.weight", None)  # the tied text head a second time; never used
     result = module.load_state_dict(tensors, strict=False)
     if result.missing_keys or result.unexpected_keys:
         raise CheckpointError(
