@@ -1,4 +1,4 @@
-"""The command line: `minmo serve | demo | call | train | eval | lab | bench | doctor | db | campaign`.
+"""The command line: `minmo serve | demo | call | train | eval | lab | bench | doctor | access | db | campaign`.
 
 Thin: each command reads the settings, calls one function elsewhere and turns its answer into text and an exit status.
 Modules are imported inside the commands: `minmo db show` does not wait for torch, and runs where an extra is missing.
@@ -6,10 +6,13 @@ Modules are imported inside the commands: `minmo db show` does not wait for torc
 
 from __future__ import annotations
 
+import contextlib
+import getpass
 import json
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -19,14 +22,19 @@ from agent.config import Config, ConfigError, load_config
 from storage import show
 from storage.entries import StorageError, UnknownCall
 
+if TYPE_CHECKING:
+    from agent.supervisor.auth import Door
+
 SHIPPED_CONFIG = Path(__file__).resolve().parent.parent / "config.toml"
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 app = typer.Typer(
     name="minmo", help="A telephone agent that speaks with MinMo.", no_args_is_help=True, add_completion=False
 )
+access = typer.Typer(help="Who may see the page, and do what there.", no_args_is_help=True)
 db = typer.Typer(help="What was said: calls, transcripts, recordings.", no_args_is_help=True)
 campaign = typer.Typer(help="Which line is answered how.", no_args_is_help=True)
+app.add_typer(access, name="access")
 app.add_typer(db, name="db")
 app.add_typer(campaign, name="campaign")
 
@@ -203,6 +211,32 @@ def db_show(
         typer.echo(f"{turn['role']:>24}: {turn['heard_text']}")
 
 
+@db.command(name="export")
+def db_export(
+    kind: Annotated[
+        str, typer.Option("--format", help="csv: one line a call; json: with turns, tools, metrics.")
+    ] = "csv",
+    out: Annotated[Path | None, typer.Option(help="File to write; default: standard output.", dir_okay=False)] = None,
+    since: Annotated[datetime | None, typer.Option(help="Calls begun from then on (UTC).")] = None,
+    until: Annotated[datetime | None, typer.Option(help="Calls begun before (UTC).")] = None,
+    campaign_name: Annotated[str, typer.Option("--campaign", help="Only of this campaign.")] = "",
+    text: Annotated[str, typer.Option(help="Only calls in which this was said.")] = "",
+    config: ConfigFile = None,
+) -> None:
+    """Calls as a file for other programs, newest first. Written to the audit like an export from the page."""
+    from storage.export import CallFilter
+
+    if kind not in show.EXPORTS:
+        fail(f"--format {kind}: must be {' or '.join(show.EXPORTS)}")
+    zoned = [at.replace(tzinfo=UTC) if at is not None and at.tzinfo is None else at for at in (since, until)]
+    wanted = CallFilter(text=text, campaign=campaign_name, since=zoned[0], until=zoned[1])
+    pieces = show.export(
+        settings(config).storage, kind, wanted, actor=f"cli:{getpass.getuser()}", now=datetime.now(UTC)
+    )
+    with out.open("w", encoding="utf-8", newline="") if out is not None else contextlib.nullcontext(sys.stdout) as file:
+        file.writelines(pieces)
+
+
 @db.command(name="create")
 def db_create(config: ConfigFile = None) -> None:
     """Create what is missing of the tables."""
@@ -221,6 +255,56 @@ def db_verify(config: ConfigFile = None) -> None:
     verdict = show.verify(settings(config).storage)
     typer.echo(show.as_json(verdict))
     raise typer.Exit(verdict["broken_at_id"] is not None)
+
+
+# ------------------------------------------------------------------ access
+
+
+@access.command(name="add")
+def access_add(
+    name: Annotated[str, typer.Argument(help="a-z, 0-9 and _; stands in the audit.")],
+    rights: Annotated[
+        str, typer.Option(help="Of listen, hang_up, export, call; with commas. Seeing calls needs none.")
+    ] = "",
+    config: ConfigFile = None,
+) -> None:
+    """A token for one more person, shown this once; for one who has a token already, a new one."""
+    from agent.supervisor.auth import Right
+
+    wanted = [right.strip() for right in rights.split(",") if right.strip()]
+    if unknown := set(wanted) - set(Right):
+        fail(f"--rights {', '.join(sorted(unknown))}: must be of {', '.join(Right)}")
+    try:
+        typer.echo(_door(config).add_person(name, frozenset(Right(right) for right in wanted)))
+    except ValueError as error:
+        fail(str(error))
+
+
+@access.command(name="remove")
+def access_remove(name: Annotated[str, typer.Argument()], config: ConfigFile = None) -> None:
+    """Ends a person's token and sessions."""
+    if not _door(config).remove_person(name):
+        fail(f"there is no {name!r}")
+
+
+@access.command(name="list")
+def access_list(config: ConfigFile = None) -> None:
+    """Everybody who may sign in, with the rights."""
+    for person in _door(config).people():
+        typer.echo(f"{person.name}  {', '.join(sorted(person.rights))}")
+
+
+def _door(config: Path | None) -> Door:
+    from agent.supervisor.auth import Door, UnsafeStateFile
+
+    known = settings(config)
+    path = known.storage.folder / "web" / "state.json"
+    if not path.exists():
+        fail("the page has not been started yet: minmo serve makes the first token")
+    try:
+        return Door.open(path, session_s=known.web.session_hours * 3_600)[0]
+    except UnsafeStateFile as error:
+        fail(str(error))
 
 
 # ------------------------------------------------------------------ campaigns

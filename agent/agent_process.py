@@ -26,10 +26,12 @@ from agent.engine_link import EngineLink
 from agent.events import ShutDown
 from agent.prompts.lines import LineBook
 from agent.reception import Reception
-from agent.run_folder import ENGINE_SOCKET, MEDIA_SOCKET, read_settings
+from agent.run_folder import ENGINE_SOCKET, MEDIA_SOCKET, MONITOR_SOCKET, browser_socket, read_settings
 from policies.engine import PolicyEngine
 from storage.calls import CallStore
 from telephony.client import WorkerClient, WorkerLost
+from telephony.config import TelephonyConfig
+from telephony.webrtc.config import media_config
 
 log = logging.getLogger(__name__)
 RESUME_WINDOW_S = 2.0  # a worker that kept calls offers them within this long after we connected
@@ -69,9 +71,11 @@ class AgentProcess:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._serve_workers(group), name="agent/workers")
                 group.create_task(self._watch_parent(parent_pid), name="agent/parent")
+                monitor = await self.reception.monitor.serve(self.run_folder / MONITOR_SOCKET)
                 await self._draining.wait()
                 self.reception.is_closing = True
                 await self._last_calls()
+                monitor.close()
                 raise _AgentOver  # and with it every task that is left
         except* _AgentOver:
             pass
@@ -101,10 +105,19 @@ class AgentProcess:
 
     async def _serve_workers(self, group: asyncio.TaskGroup) -> None:
         await self.engines.runtime()  # a call that nobody can answer is not taken
-        is_first = True
+        group.create_task(self._serve_worker(group, MEDIA_SOCKET, self.config.telephony, is_main=True))
+        for index in range(self.config.webrtc.num_workers):
+            work = self._serve_worker(group, browser_socket(index), media_config(self.config.telephony))
+            group.create_task(work, name=f"agent/browser-{index}")
+
+    async def _serve_worker(
+        self, group: asyncio.TaskGroup, socket_name: str, config: TelephonyConfig, is_main: bool = False
+    ) -> None:
+        """One media worker, and the next in its place, until we drain. The main one decides when we are ready."""
+        is_first = is_main
         while not self._draining.is_set():
             try:
-                client = await WorkerClient.connect(self.run_folder / MEDIA_SOCKET, 30.0, self.config.telephony)
+                client = await WorkerClient.connect(self.run_folder / socket_name, 30.0, config)
             except WorkerLost as error:
                 log.error("%s", error)
                 continue

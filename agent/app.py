@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import logging
 import os
@@ -29,7 +30,14 @@ from agent.config import Config
 from agent.engine_link import EngineLink
 from agent.processes import Child, ChildFailed, ChildSpec
 from agent.prompts.lines import LineBook
-from agent.run_folder import ENGINE_SOCKET, MEDIA_SOCKET, make_run_folder, write_settings
+from agent.run_folder import (
+    ENGINE_SOCKET,
+    MEDIA_SOCKET,
+    browser_socket,
+    make_run_folder,
+    offer_socket,
+    write_settings,
+)
 from policies.engine import PolicyEngine
 
 log = logging.getLogger(__name__)
@@ -54,7 +62,7 @@ class Stack:
             raise StartError(
                 f"UNTRAINED: no checkpoint at {self.checkpoint}; train one (minmo train all) or set agent.checkpoint"
             )
-        self.config = _with_fixed_ports(config)
+        self.config = _with_browser_workers(_with_fixed_ports(config), has_web)
         self._engine_command = engine_command
         self._has_web, self._is_new_token_wanted = has_web, is_new_token_wanted
         self.run_folder = make_run_folder(config.agent.run_folder)
@@ -74,6 +82,8 @@ class Stack:
                 self._begin("web", self._web_spec())
             apology = await self._rendered_lines()
             self._begin("worker", self._worker_spec(apology))
+            for index in range(self.config.webrtc.num_workers):
+                self._begin(f"browser-{index}", self._browser_spec(index, apology))
             self._begin("agent", self._agent_spec())
             await self._all_ready()
         except BaseException:
@@ -165,10 +175,23 @@ class Stack:
         threads = str(self.config.runtime.num_threads)
         return ChildSpec("engine", command, {"OMP_NUM_THREADS": threads}, is_ready=lambda line: line == "ready")
 
-    def _worker_spec(self, apology: Path) -> ChildSpec:
+    def _telephony(self, apology: Path) -> dict[str, Any]:
         telephony = dataclasses.asdict(self.config.telephony)
         if not telephony["apology_wav"] and apology.is_file():
             telephony["apology_wav"] = str(apology.absolute())
+        return telephony
+
+    def _browser_spec(self, index: int, apology: Path) -> ChildSpec:
+        settings = {"telephony": self._telephony(apology), "webrtc": dataclasses.asdict(self.config.webrtc)}
+        command = (
+            "-m", "telephony.webrtc.worker", "--socket", str(self.run_folder / browser_socket(index)),
+            "--offers", str(self.run_folder / offer_socket(index)), "--config", json.dumps(settings),
+            "--parent-pid", str(os.getpid()),
+        )  # fmt: skip
+        return ChildSpec(f"browser-{index}", command, is_ready=_is_ready_json)
+
+    def _worker_spec(self, apology: Path) -> ChildSpec:
+        telephony = self._telephony(apology)
         command = (
             "-m", "telephony.worker", "--socket", str(self.run_folder / MEDIA_SOCKET),
             "--config", json.dumps(telephony), "--parent-pid", str(os.getpid()),
@@ -191,12 +214,15 @@ class Stack:
 
     async def drain(self) -> None:
         """No new calls; returns when the last one has ended, or its time is over."""
-        for name in ("agent", "worker"):  # in this order nobody sees a neighbour vanish
+        for name in ("agent", *self._media_workers()):  # in this order nobody sees a neighbour vanish
             if name in self.children:
                 child = self.children[name]
                 child.is_stopping = True
                 child.signal(signal.SIGTERM)
                 await child.ended()
+
+    def _media_workers(self) -> tuple[str, ...]:
+        return ("worker", *(name for name in self.children if name.startswith("browser-")))
 
     async def stop(self) -> None:
         """Agent first (it says goodbye and closes the rows), then the worker (BYE to whoever is left), then the rest:
@@ -204,7 +230,7 @@ class Stack:
         """
         for child in self.children.values():
             child.is_stopping = True
-        for names in (("agent",), ("worker",), ("engine", "web")):
+        for names in (("agent",), self._media_workers(), ("engine", "web")):
             await asyncio.gather(*(self.children[name].stop() for name in names if name in self.children))
         for keeper in self._keepers:
             keeper.cancel()
@@ -273,6 +299,13 @@ def _with_fixed_ports(config: Config) -> Config:
         web = dataclasses.replace(web, port=free_port(socket.SOCK_STREAM, web.host))
     storage = dataclasses.replace(config.storage, folder=config.storage.folder.absolute())  # children run elsewhere
     return dataclasses.replace(config, telephony=telephony, web=web, storage=storage)
+
+
+def _with_browser_workers(config: Config, has_web: bool) -> Config:
+    """Browsers call through the page, and need the optional packages: without either no worker for them is started."""
+    if has_web and importlib.util.find_spec("aiortc") is not None:
+        return config
+    return dataclasses.replace(config, webrtc=dataclasses.replace(config.webrtc, num_workers=0))
 
 
 def free_port(kind: socket.SocketKind, host: str) -> int:

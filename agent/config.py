@@ -26,6 +26,7 @@ from minmo_runtime.config import RuntimeConfig
 from policies.config import PoliciesConfig
 from storage.config import StorageConfig
 from telephony.config import TelephonyConfig
+from telephony.webrtc.config import WebRtcConfig
 
 _PASSWORD_IN_URL = re.compile(r"://[^/@\s:]*:[^/@\s]+@")
 _REFER_TARGET = re.compile(r"(sips?:[^\s<>\"]+@[^\s<>\"]+|tel:\+?[0-9]+)")
@@ -79,6 +80,7 @@ class Config:
     handoff: HandoffConfig = field(default_factory=HandoffConfig)
     web: WebConfig = field(default_factory=WebConfig)
     telephony: TelephonyConfig = field(default_factory=TelephonyConfig)
+    webrtc: WebRtcConfig = field(default_factory=WebRtcConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     policies: PoliciesConfig = field(default_factory=PoliciesConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)

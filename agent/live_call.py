@@ -26,6 +26,7 @@ from agent.events import (
     RuntimeLost,
     RuntimeReady,
     RunTool,
+    ShutDown,
     Start,
     Tick,
 )
@@ -80,6 +81,14 @@ class LiveCall:
             pass
         finally:
             await self._drain()
+
+    @property
+    def sample_rate_hz(self) -> int:
+        return self.call.setup.sample_rate_hz
+
+    def hang_up(self, cause: str) -> None:
+        """From outside, at once."""
+        self.post(ShutDown(cause))
 
     def post(self, event: CallEvent) -> None:
         """From outside: shut down. Dropped when the call is over."""

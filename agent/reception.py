@@ -20,6 +20,7 @@ from agent.config import Config
 from agent.engine_link import EngineLink
 from agent.events import Resumed, Start
 from agent.live_call import START, LiveCall, utc_now
+from agent.monitor import Monitor
 from agent.prompts.lines import LineBook
 from agent.tools.shop import Shop
 from policies.campaign import Campaign
@@ -31,6 +32,7 @@ from storage.recordings import CallRecorder
 from storage.replay import Orphan
 from telephony import leg as tel
 from telephony.client import WorkerLeg
+from telephony.frames import Tap
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +49,7 @@ class Reception:
         self.policy, self.book = policy, book
         self.rendered, self.rendered_rate_hz = rendered
         self.calls: dict[str, LiveCall] = {}
+        self.monitor = Monitor(self.calls)
         self.no_calls = asyncio.Event()
         self.no_calls.set()
         self.is_closing = False  # no new calls
@@ -71,7 +74,7 @@ class Reception:
         if leg.is_resumed or (incoming := await _first_invite(leg)) is None:
             return  # over before we looked, or nothing is known of it
         facts = CallFacts(call_id=call_id, did=incoming.did, ani=incoming.ani, started_at=utc_now())
-        admission = self.policy.admit(facts, len(self.calls), self.config.telephony.max_calls)
+        admission = self.policy.admit(facts, len(self.calls), self.config.runtime.max_streams)
         campaign = self.policy.campaign_for(incoming.did)
         if self.is_closing:
             await self._refuse(leg, 503, self.config.policies.retry_after_s, "this agent is closing")
@@ -114,7 +117,8 @@ class Reception:
             now=facts.started_at,
         )
         recording = self.policy.recording(facts).mode
-        _record(leg, self.store.start_recording(facts.call_id, policy=recording, now=facts.started_at))
+        recorder = self.store.start_recording(facts.call_id, policy=recording, now=facts.started_at)
+        _record(leg, recorder, self.monitor.tap(facts.call_id))
         decided = {name: list(v) if isinstance(v, tuple) else v for name, v in _fields(style).items()}
         self.store.update_call(facts.call_id, style=decided, language=style.language, now=facts.started_at)
 
@@ -151,6 +155,7 @@ class Reception:
 
     def _forget(self, call_id: str) -> None:
         del self.calls[call_id]
+        self.monitor.call_ended(call_id)
         if not self.calls:
             self.no_calls.set()
 
@@ -175,7 +180,7 @@ class Reception:
 
     def _adopt(self, leg: WorkerLeg, call_id: str) -> None:
         self.store.adopt_call(call_id)
-        _record(leg, self.store.resume_recording(call_id, now=utc_now()))
+        _record(leg, self.store.resume_recording(call_id, now=utc_now()), self.monitor.tap(call_id))
 
     # ------------------------------------------------------------------------ writing
 
@@ -208,10 +213,13 @@ def history_of(orphan: Orphan) -> tuple[tuple[str, str], ...]:
     return tuple(row for row in rows.values() if row[1])
 
 
-def _record(leg: WorkerLeg, recorder: CallRecorder) -> None:
+def _record(leg: WorkerLeg, recorder: CallRecorder, monitor: Tap) -> None:
+    """Both taps of a call: its recording and whoever listens. They read and cannot change."""
+
     def tap(start_sample: int, caller_pcm: bytes, agent_pcm: bytes) -> None:
         recorder.push("caller", start_sample, caller_pcm)
         recorder.push("agent", start_sample, agent_pcm)
+        monitor(start_sample, caller_pcm, agent_pcm)
 
     leg.set_tap(tap)
 

@@ -16,6 +16,17 @@ from agent.checkpoint import SHIPPED_CHECKPOINT as SHIPPED_CHECKPOINT
 from agent.config import DERIVED, Config, ConfigError, build_config
 
 ENGINE_SOCKET, MEDIA_SOCKET, SETTINGS_FILE = "engine.sock", "media.sock", "settings.json"
+MONITOR_SOCKET = "monitor.sock"
+
+
+def browser_socket(index: int) -> str:
+    """Where the agent meets the browser worker of this number."""
+    return f"browser-{index}.sock"
+
+
+def offer_socket(index: int) -> str:
+    """Where the page brings that worker its offers."""
+    return f"offers-{index}.sock"
 
 
 def make_run_folder(wanted: str) -> Path:

@@ -1,5 +1,5 @@
-"""The web process: the supervisors' page, started and watched by the parent (agent/app.py). Reads the database,
-nothing else.
+"""The web process: the supervisors' page, started and watched by the parent (agent/app.py). Reads the database, brings
+browsers' offers to the media workers, asks the agent for what a supervisor does to a running call.
 
 python -m agent.web_process --settings FILE.json --run-folder DIR --parent-pid PID [--new-token]
 """
@@ -10,8 +10,8 @@ import argparse
 import json
 from pathlib import Path
 
-from agent.run_folder import read_settings
-from agent.supervisor.serve import run_web
+from agent.run_folder import MONITOR_SOCKET, offer_socket, read_settings
+from agent.supervisor.serve import browser_desk, run_web
 
 
 def main() -> None:
@@ -22,11 +22,14 @@ def main() -> None:
     parser.add_argument("--new-token", action="store_true")
     arguments = parser.parse_args()
     config = read_settings(arguments.settings)
+    offers = [arguments.run_folder / offer_socket(index) for index in range(config.webrtc.num_workers)]
     run_web(
         config.web,
         config.storage,
         is_new_token_wanted=arguments.new_token,
         parent_pid=arguments.parent_pid,
+        desk=browser_desk(config.webrtc, offers, config.telephony.answer_timeout_s),
+        monitor_socket=arguments.run_folder / MONITOR_SOCKET,
         on_ready=lambda url: print(json.dumps({"ready": True, "url": url}), flush=True),
     )
 

@@ -1,5 +1,6 @@
 """What `minmo db` prints, as JSON-able dicts: create, seed, list, show, audit. The command line only formats them.
 
+show.export(config, "csv", CallFilter(...), actor=…, now=…)
 show.create(config)            show.seed(config)            show.list_calls(config, limit=20)
 show.show_call(config, id)     show.last_call_id(config)    show.verify(config)      show.as_json(value)
 """
@@ -12,12 +13,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from storage.audit import verify_audit
+from storage.audit import append_audit, verify_audit
 from storage.config import StorageConfig
+from storage.export import CallFilter, as_csv, as_json
 from storage.orders import list_orders, seed_demo_shop
 from storage.recordings import RecordingReader
 from storage.search import CallReader
 from storage.tables import metadata
+
+EXPORTS = {"csv": as_csv, "json": as_json}
 
 
 @contextmanager
@@ -71,6 +75,15 @@ def open_recording(config: StorageConfig, call_id: str) -> RecordingReader | Non
     """For `minmo db show --wav OUT.wav` and the demo's check of the agent's channel."""
     with _reading(config) as reader:
         return reader.open_recording(call_id)
+
+
+def export(
+    config: StorageConfig, kind: str, wanted: CallFilter, *, actor: str, now: dt.datetime
+) -> Iterator[str]:  # fmt: skip
+    """Pieces of text in the format `kind`; who took them away is in the audit before the first one."""
+    with _reading(config) as reader:
+        append_audit(reader.engine, actor, "export", now=now, format=kind, campaign=wanted.campaign, text=wanted.text)
+        yield from EXPORTS[kind](reader, wanted)
 
 
 def verify(config: StorageConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The supervisors' page: an application over the database, for its own process. It reads; calls never depend on it.
+"""The supervisors' page: an application over the database, for its own process. Calls never depend on it.
 
     GET  /                                   the console (redirects to /login)
     GET  /login   POST /login   POST /logout token in, cookie out
@@ -9,10 +9,14 @@
     GET  /api/calls/{id}/recording           WAV, caller left, agent right; Range is honoured (RFC 9110 §14)
     GET  /api/calls/{id}/peaks?bins=         for drawing the two lanes
     GET  /api/live?call_id=                  server-sent events, one per journal row; Last-Event-ID goes on
+    GET  /api/me                             who is signed in, with which rights
+    GET  /api/export/calls.csv | .json       lists of calls to take away                       (right: export)
+    GET  /api/calls/{id}/listen   POST /api/calls/{id}/hang-up      hear, end a running call   (rights: listen, hang_up)
+    POST /api/browser-calls/tokens   POST /api/browser-calls        call from the page         (right: call)
     GET  /api/openapi.json                   the same for machines        GET /healthz   is the process alive
 
-Everything but /login, its style sheet and icon, and /healthz needs the cookie (guard.py). Views and listening are
-audited.
+Everything but /login, its style sheet and icon, /healthz and the offer of a browser call (which has a token of its own)
+needs the cookie (guard.py). Views, listening, hanging up and exports are audited.
 """
 
 from __future__ import annotations
@@ -30,11 +34,14 @@ from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Resp
 
 from agent.supervisor import schemas
 from agent.supervisor.auth import Door, TooManyAttempts, WrongToken
+from agent.supervisor.browser_calls import BrowserDesk, add_browser_calls
 from agent.supervisor.config import WebConfig
+from agent.supervisor.exports import add_exports
 from agent.supervisor.guard import Guard, cookie_name
+from agent.supervisor.interventions import add_interventions, checked
 from agent.supervisor.live import LiveTail, TooManyViews
 from storage.audit import append_audit
-from storage.entries import SAFE_ID, UnknownCall
+from storage.entries import UnknownCall
 from storage.recordings import RecordingReader
 from storage.search import CallReader
 
@@ -55,9 +62,11 @@ def _utc_now() -> dt.datetime:
 
 
 def create_app(
-    reader: CallReader, live: LiveTail, config: WebConfig, *, door: Door, clock: Clock = _utc_now
-) -> FastAPI:
-    """The application; `clock` is the shell's."""
+    reader: CallReader, live: LiveTail, config: WebConfig, *, door: Door, clock: Clock = _utc_now,
+    desk: BrowserDesk | None = None, monitor_socket: Path | None = None,
+) -> FastAPI:  # fmt: skip
+    """The application; `clock` is the shell's. `desk`: browser calls; `monitor_socket`: the agent's (agent/monitor.py).
+    Without them the page shows calls and no more."""
     app = FastAPI(title="MinMo supervisors", openapi_url="/api/openapi.json", docs_url=None, redoc_url=None)
     app.add_middleware(Guard, config=config, door=door, clock=lambda: clock().timestamp())
     _add_errors(app)
@@ -65,26 +74,29 @@ def create_app(
     _add_session(app, reader, door, config, clock)
     _add_calls(app, reader, clock, _Auditor(reader, clock))
     _add_live(app, live, door, config, clock)
+    add_exports(app, reader, clock)
+    add_interventions(app, reader, clock, monitor_socket)
+    add_browser_calls(app, reader, clock, desk)
     return app
 
 
 class _Auditor:
-    """Writes who looked at what, once per object and AUDIT_AGAIN_S. There is one supervisor token, so one actor."""
+    """Writes who looked at what, once per person, object and AUDIT_AGAIN_S."""
 
     def __init__(self, reader: CallReader, clock: Clock) -> None:
         self._reader = reader
         self._clock = clock
-        self._last: dict[tuple[str, str], dt.datetime] = {}
+        self._last: dict[tuple[str, str, str], dt.datetime] = {}
 
-    def note(self, action: str, object_id: str) -> None:
-        now = self._clock()
-        last = self._last.get((action, object_id))
+    def note(self, request: Request, action: str, object_id: str) -> None:
+        now, actor = self._clock(), request.state.person.name
+        last = self._last.get((actor, action, object_id))
         if last is not None and (now - last).total_seconds() < AUDIT_AGAIN_S:
             return
-        append_audit(self._reader.engine, "supervisor", action, now=now, object_id=object_id)
+        append_audit(self._reader.engine, actor, action, now=now, object_id=object_id)
         if len(self._last) > 10_000:
             self._last.clear()
-        self._last[(action, object_id)] = now
+        self._last[(actor, action, object_id)] = now
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -145,7 +157,8 @@ def _add_session(app: FastAPI, reader: CallReader, door: Door, config: WebConfig
             return login_page(401)
         except TooManyAttempts as error:
             return login_page(429, {"retry-after": str(error.retry_after_s)})
-        append_audit(reader.engine, "supervisor", "login", now=now, source=source)
+        person = door.who(cookie, now.timestamp())
+        append_audit(reader.engine, person.name if person else "unknown", "login", now=now, source=source)
         response = RedirectResponse("/", status_code=303)
         response.set_cookie(
             cookie_name(config),
@@ -159,10 +172,10 @@ def _add_session(app: FastAPI, reader: CallReader, door: Door, config: WebConfig
         return response
 
     @app.post("/logout")
-    def logout() -> Response:
+    def logout(request: Request) -> Response:
         """Ends every session there is."""
         door.sign_out_everywhere()
-        append_audit(reader.engine, "supervisor", "logout", now=clock())
+        append_audit(reader.engine, request.state.person.name, "logout", now=clock())
         response = RedirectResponse("/login", status_code=303)
         response.delete_cookie(cookie_name(config), path="/", secure=config.is_https, httponly=True, samesite="strict")
         return response
@@ -192,14 +205,14 @@ def _add_calls(app: FastAPI, reader: CallReader, clock: Clock, auditor: _Auditor
         return {"calls": reader.list_calls(limit=limit, before=before, is_open=is_open, **filters)}
 
     @app.get("/api/calls/{call_id}", response_model=schemas.CallDetail)
-    def get_call(call_id: str) -> dict[str, Any]:
-        call = reader.get_call(_checked(call_id))
-        auditor.note("view", call_id)
+    def get_call(request: Request, call_id: str) -> dict[str, Any]:
+        call = reader.get_call(checked(call_id))
+        auditor.note(request, "view", call_id)
         return call | {"num_turns": len(call["turns"])}
 
     @app.get("/api/calls/{call_id}/events", response_model=schemas.EventList)
-    def get_events(call_id: str, after_seq: Annotated[int, Query(ge=-1)] = -1) -> dict[str, Any]:
-        auditor.note("view", _checked(call_id))
+    def get_events(request: Request, call_id: str, after_seq: Annotated[int, Query(ge=-1)] = -1) -> dict[str, Any]:
+        auditor.note(request, "view", checked(call_id))
         return {"events": reader.get_events(call_id, after_seq=after_seq)}
 
     @app.get("/api/calls/{call_id}/peaks", response_model=schemas.Peaks)
@@ -216,7 +229,7 @@ def _add_calls(app: FastAPI, reader: CallReader, clock: Clock, auditor: _Auditor
     ) -> Response:
         recording = _recording(reader, call_id)
         if request.method == "GET":
-            auditor.note("listen", call_id)
+            auditor.note(request, "listen", call_id)
         return _wav_response(recording, range_header, has_body=request.method == "GET")
 
 
@@ -230,7 +243,7 @@ def _add_live(app: FastAPI, live: LiveTail, door: Door, config: WebConfig, clock
     ) -> Response:
         """Server-sent events `journal`: {call_id, seq, kind, payload, at}."""
         if call_id:
-            _checked(call_id)
+            checked(call_id)
         if re.fullmatch(r"\d{1,18}", last_event_id):
             after_id = int(last_event_id)
         try:
@@ -256,14 +269,8 @@ def percentiles(name: str, values: list[float]) -> dict[str, Any]:
     return {"name": name, "n": len(ranked), "p50": at(0.50), "p95": at(0.95)}
 
 
-def _checked(call_id: str) -> str:
-    if not SAFE_ID.fullmatch(call_id):
-        raise HTTPException(404, "no such call")
-    return call_id
-
-
 def _recording(reader: CallReader, call_id: str) -> RecordingReader:
-    recording = reader.open_recording(_checked(call_id))
+    recording = reader.open_recording(checked(call_id))
     if recording is None:
         raise HTTPException(404, "no recording")
     return recording

@@ -1,4 +1,8 @@
-"""Who may see the page: one token from the first start, then a signed cookie.
+"""Who may see the page, and what each may do there: a token for each person, then a signed cookie.
+
+The first start makes the token of `supervisor`, who has every right; `minmo access add NAME` makes more, with the
+rights named. Seeing calls needs none; hearing a running call, ending it, taking lists away and calling from the page
+do.
 
 The token is shown once, in the terminal; on disk only its hash is kept, in a file of mode 0600 beside the key that
 signs cookies. A cookie is `expiry.nonce.signature`; signing out raises the generation, which ends every session there
@@ -11,15 +15,39 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import re
 import secrets
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 
 import msgspec
 
 MAX_FAILURES, WINDOW_S = 5, 60.0
 MAX_SOURCES = 1_024  # oldest forgotten first; bounds memory under a flood
+
+
+FIRST_PERSON = "supervisor"
+_NAME = re.compile(r"[a-z0-9_]{1,32}")
+
+
+class Right(StrEnum):
+    LISTEN = "listen"  # hear a running call
+    HANG_UP = "hang_up"  # end a running call
+    EXPORT = "export"  # take lists of calls away
+    CALL = "call"  # call the agent from the page
+
+
+ALL_RIGHTS = frozenset(Right)
+
+
+@dataclass(frozen=True)
+class Person:
+    """Who is signed in. The name stands in the audit."""
+
+    name: str
+    rights: frozenset[Right]
 
 
 class AuthError(Exception):
@@ -43,10 +71,17 @@ class UnsafeStateFile(Exception):
 
 
 @dataclass
-class _State:
+class _Entry:
     token_sha256: str
+    rights: list[Right]
+
+
+@dataclass
+class _State:
+    token_sha256: str  # of the first person
     signing_key: str
     generation: int = 0
+    people: dict[str, _Entry] = field(default_factory=dict)
 
 
 class Door:
@@ -56,6 +91,7 @@ class Door:
         self._path = path
         self._state = state
         self._session_s = session_s
+        self._read_at_ns = _changed_at_ns(path)
         self._failures: OrderedDict[str, list[float]] = OrderedDict()
 
     @classmethod
@@ -76,21 +112,74 @@ class Door:
         failures = [at for at in self._failures.get(source, []) if now_s - at < WINDOW_S]
         if len(failures) >= MAX_FAILURES:
             raise TooManyAttempts(max(1, int(WINDOW_S - (now_s - failures[0])) + 1))
-        if not hmac.compare_digest(_sha256(token), self._state.token_sha256):
+        name = self._name_of(token)
+        if not name:
             self._failures[source] = [*failures, now_s]
             self._failures.move_to_end(source)
             while len(self._failures) > MAX_SOURCES:
                 self._failures.popitem(last=False)
             raise WrongToken
         self._failures.pop(source, None)
-        text = f"{int(now_s + self._session_s)}.{secrets.token_hex(8)}"
+        text = f"{int(now_s + self._session_s)}.{name}~{secrets.token_hex(8)}"
         return f"{text}.{self._sign(text)}"
 
     def is_signed_in(self, cookie: str, now_s: float) -> bool:
+        return self.who(cookie, now_s) is not None
+
+    def who(self, cookie: str, now_s: float) -> Person | None:
+        """Whose cookie it is, with the rights of this moment; None = nobody's, or it has ended."""
+        self._read_again()
         text, _, signature = cookie.rpartition(".")
         if not hmac.compare_digest(self._sign(text).encode(), signature.encode()):
+            return None
+        expiry, _, rest = text.partition(".")
+        name = rest.partition("~")[0]
+        if now_s >= int(expiry):
+            return None
+        if name == FIRST_PERSON:
+            return Person(name, ALL_RIGHTS)
+        entry = self._state.people.get(name)
+        return None if entry is None else Person(name, frozenset(entry.rights))
+
+    def add_person(self, name: str, rights: frozenset[Right]) -> str:
+        """A new token for a new person, or for one who is there (the old token ends); show it once."""
+        if not _NAME.fullmatch(name) or name == FIRST_PERSON:
+            raise ValueError(f"name {name!r}: must be 1 to 32 of a-z, 0-9 and _, and not {FIRST_PERSON!r}")
+        self._read_again()
+        token = secrets.token_urlsafe(24)
+        self._state.people[name] = _Entry(_sha256(token), sorted(rights))
+        self._save()
+        return token
+
+    def remove_person(self, name: str) -> bool:
+        """Ends the token and every session of this person; False when there is none."""
+        self._read_again()
+        if self._state.people.pop(name, None) is None:
             return False
-        return now_s < int(text.partition(".")[0])
+        self._save()
+        return True
+
+    def people(self) -> list[Person]:
+        self._read_again()
+        others = [Person(name, frozenset(entry.rights)) for name, entry in self._state.people.items()]
+        return [Person(FIRST_PERSON, ALL_RIGHTS), *others]
+
+    def _name_of(self, token: str) -> str:
+        self._read_again()
+        given, name = _sha256(token), ""
+        everybody = {FIRST_PERSON: self._state.token_sha256}
+        everybody |= {name: entry.token_sha256 for name, entry in self._state.people.items()}
+        for candidate, expected in everybody.items():  # all of them, so that the time tells nothing
+            if hmac.compare_digest(given, expected):
+                name = candidate
+        return name
+
+    def _read_again(self) -> None:
+        """`minmo access` in another process may have changed the file."""
+        changed_at_ns = _changed_at_ns(self._path)
+        if changed_at_ns not in (0, self._read_at_ns):
+            self._state = msgspec.json.decode(self._path.read_bytes(), type=_State)
+            self._read_at_ns = changed_at_ns
 
     def sign_out_everywhere(self) -> None:
         self._state.generation += 1
@@ -110,6 +199,14 @@ class Door:
             file.flush()
             os.fsync(file.fileno())
         part.rename(self._path)
+        self._read_at_ns = _changed_at_ns(self._path)
+
+
+def _changed_at_ns(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _sha256(token: str) -> str:

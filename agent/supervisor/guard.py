@@ -1,7 +1,8 @@
 """What every request passes before a handler sees it: Host, Origin, size, session; and what every answer carries.
 
 Plain ASGI, because it must also cover streams. Host: against DNS rebinding. Origin: against other sites' pages; the
-cookie is SameSite=Strict besides. Bodies are small here: the only one is a login form.
+cookie is SameSite=Strict besides. Bodies are small here: a login form, and the offer of a browser call. Who is signed
+in goes on to the handlers as `request.state.person`.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ from starlette.requests import cookie_parser
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from agent.supervisor.auth import Door
+from agent.supervisor.auth import Door, Person
 from agent.supervisor.config import WebConfig
 
 MAX_BODY_BYTES = 4_096
+OFFER_PATH = "/api/browser-calls"  # opened by a call token instead of a session
+MAX_OFFER_BYTES = 65_536  # an SDP with many candidates
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
-OPEN_PATHS = frozenset({"/login", "/healthz", "/console/console.css", "/console/icon.svg"})  # seen without signing in
+OPEN_PATHS = frozenset(
+    {"/login", "/healthz", "/console/console.css", "/console/icon.svg", OFFER_PATH}
+)  # seen without signing in
 # No inline script or style, nothing from elsewhere, no frame around us.
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; media-src 'self'; img-src 'self'; "
@@ -32,7 +37,7 @@ SECURITY_HEADERS = {
     "referrer-policy": "same-origin",  # with "no-referrer" browsers send Origin: null on the login form
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
-    "permissions-policy": "microphone=(), camera=(), geolocation=()",
+    "permissions-policy": "microphone=(self), camera=(), geolocation=()",
 }
 
 
@@ -83,9 +88,12 @@ class Guard:
             return _refuse(403, "request from another origin")
         if not is_safe:
             length = headers.get("content-length", "")
-            if not (length.isascii() and length.isdigit()) or int(length) > MAX_BODY_BYTES:
-                return _refuse(413, f"a body of at most {MAX_BODY_BYTES} bytes with its length is needed")
-        if path in OPEN_PATHS or self._is_signed_in(headers):
+            allowed = MAX_OFFER_BYTES if path == OFFER_PATH else MAX_BODY_BYTES
+            if not (length.isascii() and length.isdigit()) or int(length) > allowed:
+                return _refuse(413, f"a body of at most {allowed} bytes with its length is needed")
+        person = self._person(headers)
+        scope.setdefault("state", {})["person"] = person
+        if path in OPEN_PATHS or person is not None:
             return None
         if path == "/" and is_safe:
             return RedirectResponse("/login", status_code=303)
@@ -95,9 +103,9 @@ class Guard:
         parts = urlsplit(origin)
         return parts.scheme == ("https" if self._config.is_https else "http") and parts.netloc.lower() == host.lower()
 
-    def _is_signed_in(self, headers: Headers) -> bool:
+    def _person(self, headers: Headers) -> Person | None:
         cookie = cookie_parser(headers.get("cookie", "")).get(cookie_name(self._config), "")
-        return bool(cookie) and self._door.is_signed_in(cookie, self._clock())
+        return self._door.who(cookie, self._clock()) if cookie else None
 
 
 def _without_port(host: str) -> str:

@@ -142,3 +142,26 @@ class Summary(_Answer):
     num_open_calls: int
     latencies: list[Percentiles]  # of the last `hours`
     hours: int
+
+
+class BrowserCalls(_Answer):
+    is_on: bool
+    off_because: str
+    did: str  # "" = the page asks which number is dialled
+
+
+class Me(_Answer):
+    name: str
+    rights: list[str]
+    browser_calls: BrowserCalls
+
+
+class BrowserCallToken(_Answer):
+    token: str
+    expires_in_s: int
+    ice_servers: list[dict[str, Any]]  # RTCIceServer of W3C webrtc-pc
+
+
+class BrowserCallAnswer(_Answer):
+    call_id: str
+    sdp: str

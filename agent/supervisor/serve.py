@@ -8,19 +8,26 @@ Nothing else runs in here, and nothing waits for it: it may be killed at any tim
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
+import secrets
 import socket
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import uvicorn
 
 from agent.supervisor.api import create_app
 from agent.supervisor.auth import Door
+from agent.supervisor.browser_calls import BrowserDesk
 from agent.supervisor.config import WebConfig
 from agent.supervisor.live import LiveTail
 from storage.config import StorageConfig
 from storage.search import CallReader
+from telephony.webrtc.config import WebRtcConfig, read_secret
+from telephony.webrtc.signaling import WorkerChoice
+from telephony.webrtc.tickets import TicketOffice
 
 PARENT_POLL_S = 1.0
 
@@ -32,10 +39,13 @@ def run_web(
     is_new_token_wanted: bool = False,
     parent_pid: int | None = None,
     on_ready: Callable[[str], None] | None = None,
+    desk: BrowserDesk | None = None,
+    monitor_socket: Path | None = None,
 ) -> None:
     """Serves the page in this process.
 
-    `on_ready` gets the address; with `parent_pid` the page ends when that is gone.
+    `on_ready` gets the address; with `parent_pid` the page ends when that is gone. `desk` and `monitor_socket`: see
+    `create_app`.
     """
     listener = _bind(config)
     url = f"{'https' if config.tls_cert_file else 'http'}://{_shown(config.host)}:{listener.getsockname()[1]}/"
@@ -46,7 +56,7 @@ def run_web(
         on_ready(url)
     reader = CallReader.open(storage)
     live = LiveTail(reader, poll_ms=config.poll_ms, max_views=config.max_live_views)
-    app = create_app(reader, live, config, door=door)
+    app = create_app(reader, live, config, door=door, desk=desk, monitor_socket=monitor_socket)
     server = uvicorn.Server(
         uvicorn.Config(
             app,
@@ -65,6 +75,21 @@ def run_web(
     finally:
         reader.close()
         listener.close()
+
+
+def browser_desk(settings: WebRtcConfig, offer_sockets: list[Path], answer_timeout_s: float) -> BrowserDesk:
+    """For `create_app`, from the settings."""
+    off_because = "" if settings.num_workers else "calls from browsers are switched off (webrtc.num_workers = 0)"
+    if importlib.util.find_spec("aiortc") is None:
+        off_because = "calls from browsers need the optional packages: pip install 'minmo-agent[webrtc]'"
+    signing = (
+        read_secret("call_token_secret_file", settings.call_token_secret_file)
+        if settings.call_token_secret_file
+        else secrets.token_bytes(32)
+    )
+    turn = read_secret("turn_secret_file", settings.turn_secret_file) if settings.turn_secret_file else b""
+    workers = WorkerChoice(offer_sockets, answer_timeout_s + 5.0)
+    return BrowserDesk(settings, TicketOffice(signing, settings.call_token_s), workers, turn, off_because)
 
 
 async def _serve(server: uvicorn.Server, listener: socket.socket, live: LiveTail, parent_pid: int | None) -> None:

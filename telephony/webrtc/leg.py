@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import re
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -181,6 +182,7 @@ class WebRtcLeg:
         assert self._connection is not None
         match self._connection.connectionState:
             case "connected" if self.state is LegState.CONNECTING:
+                self.media.confirmed(time.monotonic())
                 self._enter(LegState.CONFIRMED)
             case "failed":
                 self.end(Cause.NETWORK_ERROR)

@@ -35,14 +35,14 @@ class BrowserError(Exception):
 class Browser:
     """One tab. `complaints`: what its console said that is not right."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, options: tuple[str, ...] = ()) -> None:
         to_read, self._to = os.pipe()
         self._from, from_write = os.pipe()
         self.complaints: list[str] = []
         self._number, self._pending, self._session = 0, b"", ""
         with (folder / "chromium.log").open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _AS_3_AND_4, str(to_read), str(from_write), "chromium", *OPTIONS,
+                [sys.executable, "-c", _AS_3_AND_4, str(to_read), str(from_write), "chromium", *OPTIONS, *options,
                  f"--user-data-dir={folder / 'profile'}", "about:blank"],
                 pass_fds=(to_read, from_write), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
@@ -127,8 +127,9 @@ class Browser:
 
 
 @contextlib.contextmanager
-def browser(folder: Path) -> Iterator[Browser]:
-    running = Browser(folder)
+def browser(folder: Path, *options: str) -> Iterator[Browser]:
+    """`options`: more of Chromium's, e.g. a file for its microphone."""
+    running = Browser(folder, options)
     try:
         yield running
     finally:

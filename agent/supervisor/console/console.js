@@ -5,12 +5,14 @@
 
 import { Player } from "./player.js";
 import { detailOf } from "./detail.js";
+import { Softphone } from "./softphone.js";
+import { LiveEar } from "./live_ear.js";
 import { el, clock, shortTime } from "./elements.js";
 
 const PAGE_ROWS = 50;
 const REFRESH_MS = 250; // at most four fetches a second, however fast a call talks
 
-const state = { callId: "", startSecond: null, calls: [], player: null, detail: null };
+const state = { callId: "", startSecond: null, calls: [], player: null, detail: null, me: null, ear: null };
 
 async function getJson(path) {
   const response = await fetch(path, { headers: { accept: "application/json" } });
@@ -52,6 +54,13 @@ function listPath(before) {
   return `/api/calls?${query}`;
 }
 
+// The links take away what the list shows, not only its first page.
+function showExport() {
+  const query = new URLSearchParams(listPath().split("?")[1]);
+  query.delete("limit");
+  for (const link of document.querySelectorAll("#export a")) link.href = `/api/export/calls.${link.dataset.kind}?${query}`;
+}
+
 const refreshList = soon(async () => {
   const { calls } = await getJson(listPath());
   showList(calls, calls.length === PAGE_ROWS);
@@ -65,6 +74,7 @@ async function showOlder() {
 
 function showList(calls, hasMore) {
   state.calls = calls;
+  showExport();
   document.getElementById("calls").replaceChildren(...calls.map(listItem));
   document.getElementById("no-calls").hidden = calls.length > 0;
   document.getElementById("more").hidden = !hasMore;
@@ -120,6 +130,7 @@ function readAddress() {
   if (!isSame) {
     state.player = null;
     state.detail = null;
+    stopListening();
     refreshCall();
     showList(state.calls, !document.getElementById("more").hidden);
   } else if (state.player && state.startSecond !== null) {
@@ -139,13 +150,64 @@ const refreshCall = soon(async () => {
   }
   if (callId !== state.callId) return; // another one was chosen meanwhile
   if (!state.detail) {
-    state.detail = detailOf({ onSeek: (second) => state.player && state.player.seek(second), loadEvents });
+    state.detail = detailOf({
+      onSeek: (second) => state.player && state.player.seek(second),
+      loadEvents,
+      actions: state.me ? actionsOf(state.me.rights) : [],
+    });
     document.getElementById("detail").replaceChildren(state.detail.root);
     document.title = `${call.display_name || call.ani || call.call_id} · MinMo calls`;
   }
   state.detail.update(call, outcome(call));
   if (!state.player && call.recording && call.state === "closed") await addPlayer(call);
 });
+
+// ------------------------------------------------- what may be done to a running call
+
+function actionsOf(rights) {
+  const actions = [];
+  if (rights.includes("listen")) {
+    const listen = el("button", { type: "button", "aria-pressed": "false" }, "Listen");
+    listen.addEventListener("click", () => (state.ear ? stopListening() : startListening(listen)));
+    actions.push(listen);
+  }
+  if (rights.includes("hang_up")) {
+    const hangUp = el("button", { type: "button", class: "danger" }, "End call");
+    hangUp.addEventListener("click", () => endCall(hangUp));
+    actions.push(hangUp);
+  }
+  return actions;
+}
+
+async function startListening(button) {
+  const ear = new LiveEar((isOver) => {
+    button.textContent = isOver ? "Listen" : "Stop listening";
+    button.setAttribute("aria-pressed", String(!isOver));
+    if (isOver && state.ear === ear) state.ear = null;
+  });
+  state.ear = ear;
+  await ear.start(`/api/calls/${encodeURIComponent(state.callId)}/listen`);
+}
+
+function stopListening() {
+  if (state.ear) state.ear.stop();
+  state.ear = null;
+}
+
+// Asked twice: the first click only arms the button.
+async function endCall(button) {
+  if (!button.dataset.armed) {
+    button.dataset.armed = "yes";
+    button.textContent = "End it now?";
+    setTimeout(() => {
+      delete button.dataset.armed;
+      button.textContent = "End call";
+    }, 4000);
+    return;
+  }
+  const response = await fetch(`/api/calls/${encodeURIComponent(state.callId)}/hang-up`, { method: "POST" });
+  button.textContent = response.ok ? "Ending" : (await response.json()).error;
+}
 
 function loadEvents() {
   return getJson(`/api/calls/${encodeURIComponent(state.callId)}/events`);
@@ -198,11 +260,27 @@ function refreshAll() {
   refreshCall();
 }
 
+async function start() {
+  state.me = await getJson("/api/me").catch(() => null);
+  if (state.me && state.me.rights.includes("export")) document.getElementById("export").hidden = false;
+  if (state.me && state.me.rights.includes("call")) {
+    new Softphone({
+      root: document.getElementById("call"),
+      opener: document.getElementById("call-open"),
+      settings: state.me.browser_calls,
+      onCall: (callId) => {
+        location.hash = callId;
+      },
+    });
+  }
+  readAddress();
+  refreshAll();
+  follow();
+}
+
 document.getElementById("filters").addEventListener("submit", (event) => event.preventDefault());
 document.getElementById("filters").addEventListener("input", refreshList);
 document.getElementById("more").addEventListener("click", showOlder);
 window.addEventListener("hashchange", readAddress);
-readAddress();
-refreshAll();
-follow();
+start();
 setInterval(() => state.detail && state.detail.tick(clock()), 1000);

@@ -9,7 +9,8 @@ const LATENCIES = {
   stop_ms: "stopped after",
 };
 
-export function detailOf({ onSeek, loadEvents }) {
+export function detailOf({ onSeek, loadEvents, actions = [] }) {
+  const controls = el("div", { class: "actions" }, actions);
   const heading = el("div", { class: "heading" });
   const subtitle = el("p", { class: "soft" });
   const place = el("div");
@@ -20,6 +21,7 @@ export function detailOf({ onSeek, loadEvents }) {
   const root = el("article", {}, [
     heading,
     subtitle,
+    controls,
     place,
     el("section", { class: "card" }, [el("h3", {}, "What was said and heard"), transcript]),
     problems,
@@ -41,6 +43,7 @@ export function detailOf({ onSeek, loadEvents }) {
       const isAtEnd = root.parentElement && nearEnd(root.parentElement);
       const grew = shown && call.turns.length > shown.turns.length;
       shown = call;
+      controls.hidden = call.state !== "open" || actions.length === 0;
       heading.replaceChildren(el("h2", {}, call.display_name || call.ani || "number withheld"), badge);
       subtitle.textContent = lineOf(call, Date.now() / 1000);
       const now = turnItems(call, onSeek);

@@ -1,0 +1,241 @@
+"""A real browser calls the agent from the page: Chromium with a file for its microphone (make peers). Speech both ways,
+shown by correlation of what the page played and what was recorded; keys; a supervisor who listens and ends the call.
+
+The first test has the fake engine, so it judges the line and nothing else; the second has the shipped weights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+import wave
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sqlalchemy as sa
+
+pytest.importorskip("aiortc")
+pytest.importorskip("pjsua2")
+
+from agent.app import Stack  # noqa: E402
+from agent.config import load_config  # noqa: E402
+from agent.demo_script import ASSETS  # noqa: E402
+from agent.supervisor.auth import Door  # noqa: E402
+from storage import tables  # noqa: E402
+from storage.audit import verify_audit  # noqa: E402
+from storage.config import StorageConfig  # noqa: E402
+from storage.search import CallReader  # noqa: E402
+from telephony.clips import read_clip  # noqa: E402
+from tests.live.browser import Browser, browser  # noqa: E402
+from tests.live.served import Served, what_was  # noqa: E402
+from tests.live.speech import word_error_of  # noqa: E402
+from tests.live.stack import _FAKE_CHECKPOINT, _FAKE_ENGINE, REPOSITORY  # noqa: E402
+from tests.live.test_page import sign_in  # noqa: E402
+
+pytestmark = [pytest.mark.live, pytest.mark.slow, pytest.mark.peers("chromium")]
+RATE = 16_000
+# Records what the page plays, as int16 at 16 kHz, into window.heard.
+CAPTURE = """
+(() => {
+  const context = new AudioContext({ sampleRate: 16000 });
+  const source = context.createMediaStreamSource(document.querySelector('#call audio').srcObject);
+  const tap = context.createScriptProcessor(4096, 1, 1);
+  window.heard = [];
+  window.loudest = { caller: 0, agent: 0 };
+  setInterval(() => {
+    for (const lane of Object.keys(window.loudest)) {
+      const share = parseFloat(document.querySelector(`.level.${lane} .bar`).style.width) || 0;
+      window.loudest[lane] = Math.max(window.loudest[lane], share);
+    }
+  }, 50);
+  tap.onaudioprocess = (event) => {
+    for (const sample of event.inputBuffer.getChannelData(0)) window.heard.push(Math.round(sample * 32767));
+  };
+  source.connect(tap);
+  tap.connect(context.destination);
+})()
+"""
+HEARD = "btoa(String.fromCharCode(...new Uint8Array(new Int16Array(window.heard.slice(%d, %d)).buffer)))"
+# Reads about a second of the live sound of a call: [rate, bytes in base64].
+LISTEN = """
+(async () => {
+  const response = await fetch('/api/calls/%s/listen');
+  const reader = response.body.getReader();
+  const bytes = [];
+  while (bytes.length < 64000) {
+    const { done, value } = await reader.read();
+    if (done) break;
+    bytes.push(...value);
+  }
+  await reader.cancel();
+  return [Number(response.headers.get('x-sample-rate')), btoa(String.fromCharCode(...bytes.slice(0, 64000)))];
+})()
+"""
+
+
+def microphone(path: Path, clip: str, silent_before_s: float, silent_after_s: float, times: int = 1) -> str:
+    """Chromium's option for a microphone that says this once."""
+    speech = np.frombuffer(read_clip(ASSETS / f"{clip}.flac", 48_000), "<i2")
+    pause = np.zeros(int(48_000 * silent_after_s), "<i2")
+    samples = np.concatenate([np.zeros(int(48_000 * silent_before_s), "<i2"), *([speech, pause] * times)])
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(48_000)
+        file.writeframes(samples.tobytes())
+    return f"--use-file-for-fake-audio-capture={path}%noloop"
+
+
+FAKE_MEDIA = (
+    "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream",
+    "--autoplay-policy=no-user-gesture-required",
+)  # fmt: skip
+
+
+def similarity(heard: np.ndarray, source: np.ndarray) -> float:
+    """Highest normalised correlation of the source's loudest half second anywhere in what was heard."""
+    block = RATE // 2
+    starts = range(0, max(1, len(source) - block), block // 4)
+    start = max(starts, key=lambda at: float(np.sum(source[at : at + block].astype(float) ** 2)))
+    piece = source[start : start + block].astype(float)
+    size = 1 << (len(heard) + len(piece)).bit_length()
+    spectrum = np.fft.rfft(heard.astype(float), size) * np.conj(np.fft.rfft(piece, size))
+    products = np.abs(np.fft.irfft(spectrum, size)[: max(1, len(heard) - len(piece) + 1)])
+    energy = np.concatenate([[0.0], np.cumsum(heard.astype(float) ** 2)])
+    window = energy[len(piece) :] - energy[: -len(piece)]
+    return float(np.max(products / (np.sqrt(np.maximum(window, window.max() * 1e-3) * np.sum(piece**2)) + 1e-9)))
+
+
+@dataclass
+class Running:
+    url: str
+    token: str
+    storage: StorageConfig
+    folder: Path
+
+    def call(self, call_id: str) -> dict:
+        with contextlib.closing(CallReader.open(self.storage)) as reader:
+            return reader.get_call(call_id)
+
+    def channel(self, call_id: str, lane: int) -> np.ndarray:
+        with contextlib.closing(CallReader.open(self.storage)) as reader:
+            recording = reader.open_recording(call_id)
+            assert recording is not None
+            data = b"".join(recording.read(0, recording.num_bytes - 1))[44:]
+            return np.frombuffer(data, "<i2").reshape(-1, 2)[:, lane]
+
+    def audited(self) -> list[tuple[str, str, str]]:
+        with contextlib.closing(CallReader.open(self.storage)) as reader, reader.engine.connect() as connection:
+            assert verify_audit(reader.engine).broken_at_id is None
+            rows = connection.execute(sa.select(tables.audit).order_by(tables.audit.c.id))
+            return [(row.actor, row.action, row.object_id) for row in rows]
+
+
+@contextlib.asynccontextmanager
+async def page_with_fake_engine(folder: Path) -> AsyncIterator[Running]:
+    checkpoint = folder / "fake"
+    checkpoint.mkdir()
+    (checkpoint / "checkpoint.toml").write_text(_FAKE_CHECKPOINT)
+    storage = StorageConfig(folder=folder / "var")
+    _, token = Door.open(storage.folder / "web" / "state.json", session_s=3_600.0)
+    config = load_config(None, {
+        "telephony": {"sip_port": 0}, "storage": {"folder": storage.folder, "recording_policy": "always"},
+        "agent": {"checkpoint": str(checkpoint)}, "web": {"port": 0}, "webrtc": {"max_calls": 1},
+    })  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(REPOSITORY))
+        async with Stack(config, engine_command=(_FAKE_ENGINE,)) as stack:
+            yield Running(stack.web_url, token or "", storage, folder)
+
+
+def test_browser_and_agent_hear_each_other_and_a_supervisor_listens_and_ends_the_call(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with page_with_fake_engine(tmp_path) as running:
+            await asyncio.to_thread(call_and_look, running)
+
+    asyncio.run(run())
+
+
+def open_page(page: Browser, url: str, token: str) -> None:
+    page.open(url)
+    page.wait("location.pathname === '/login'", 60)
+    sign_in(page, token)
+    page.wait("location.pathname === '/' && document.getElementById('connection').textContent === 'live'", 60)
+    page.wait("!document.getElementById('call-open').hidden")
+
+
+def begin_call(page: Browser) -> str:
+    """From the click to the connected call; its id."""
+    page.value("document.getElementById('call-open').click()")
+    page.value("document.querySelector('#call .primary').click()")
+    page.wait("document.getElementById('call').dataset.state === 'up'", 60)
+    page.wait("location.hash.length > 5", 30)
+    return str(page.value("decodeURIComponent(location.hash.slice(1))"))
+
+
+def call_and_look(running: Running) -> None:
+    spoken = microphone(running.folder / "mic.wav", "order_status", 4.0, 3.0, times=8)
+    with browser(running.folder, *FAKE_MEDIA, spoken) as page:
+        open_page(page, running.url, running.token)
+        call_id = begin_call(page)
+        page.value(CAPTURE)
+        page.wait("document.querySelector('.actions') && document.querySelectorAll('.actions button').length === 2")
+        page.value("[...document.querySelectorAll('.keypad button')].find((key) => key.textContent === '5').click()")
+        page.wait("window.heard.length > 16000 * 12", 90)
+        page.picture(running.folder / "in_call.png")
+        loudest = page.value("window.loudest")
+        assert min(loudest.values()) > 20, f"the level meters stand still: {loudest}"
+        rate, sound = page.value(LISTEN % call_id)
+        live = np.frombuffer(base64.b64decode(sound), "<i2").reshape(-1, 2)
+        assert (rate, len(live)) == (RATE, 16_000)
+        heard = np.concatenate([
+            np.frombuffer(base64.b64decode(page.value(HEARD % (at, at + 20_000))), "<i2")
+            for at in range(0, 16_000 * 12, 20_000)
+        ])  # fmt: skip
+        for _ in range(2):
+            page.value("document.querySelector('.actions .danger').click()")
+        page.wait("document.getElementById('call').dataset.state === 'idle'", 60)
+        page.wait("document.querySelector('.heading .badge').textContent !== 'now'", 60)
+        page.picture(running.folder / "ended.png")
+        exported = page.value("fetch('/api/export/calls.json').then((answer) => answer.json())")
+        assert page.complaints == []
+    call = running.call(call_id)
+    assert (call["state"], call["cause"], call["ended_by"]) == ("closed", "supervisor", "agent")
+    assert (call["codec"], call["did"], call["ani"]) == ("opus/48000", "100", "web-supervisor")
+    assert call["sample_rate_hz"] == RATE
+    assert "where is my order" in what_was(call, "caller")
+    assert any(metric["name"] == "voice_to_voice_ms" for metric in call["metrics"])
+    speech = np.frombuffer(read_clip(ASSETS / "order_status.flac", RATE), "<i2")
+    assert similarity(running.channel(call_id, 0), speech) > 0.5
+    assert similarity(running.channel(call_id, 1), heard) > 0.5
+    with contextlib.closing(CallReader.open(running.storage)) as reader:
+        events = reader.get_events(call_id)
+    assert any('"5"' in json.dumps(event["payload"]) for event in events), "the key is not in the journal"
+    assert [row["call_id"] for row in exported] == [call_id]
+    actions = running.audited()
+    for expected in ("browser_call", "listen_live", "hang_up", "export"):
+        assert any((actor, action) == ("supervisor", expected) for actor, action, _ in actions), (expected, actions)
+    assert ("supervisor", "hang_up", call_id) in actions
+
+
+def test_shipped_weights_understand_a_browser_and_answer_it(served: Served, tmp_path: Path) -> None:
+    spoken = microphone(tmp_path / "mic.wav", "hours_day", 22.0, 12.0, times=3)
+    with browser(tmp_path, *FAKE_MEDIA, spoken) as page:
+        open_page(page, served.page_url, served.token)
+        call_id = begin_call(page)
+        with contextlib.suppress(TimeoutError):  # what it said is judged below
+            page.wait("document.querySelector('.transcript').innerText.includes('open')", 150)
+        page.wait("document.querySelectorAll('.transcript .caller').length > 0", 60)
+        page.picture(tmp_path / "weights.png")
+        page.value("[...document.querySelectorAll('#call .danger')].at(-1).click()")
+        page.wait("document.getElementById('call').dataset.state === 'idle'", 60)
+    call = served.closed_call_of("web-supervisor")
+    assert (call["call_id"], call["ended_by"], call["cause"]) == (call_id, "caller", "normal")
+    said = [turn["heard_text"] for turn in call["turns"] if turn["role"] == "caller"]
+    assert min(word_error_of("on saturday are you open", words) for words in said) < 0.5, said
+    assert any(turn["start_sample"] is not None for turn in call["turns"] if turn["role"] == "agent")
