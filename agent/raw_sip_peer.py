@@ -63,7 +63,7 @@ class RawPeer:
     def receive(self, start: str) -> str:
         """The next message that starts so; others are passed over."""
         while True:
-            message = self.socket.recv(65536).decode()
+            message = self.socket.recv(65536).decode(errors="replace")  # RTCP of a neighbour may stray here
             if message.startswith(start):
                 return message
 
