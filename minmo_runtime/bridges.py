@@ -30,21 +30,21 @@ DONE_WAITS_MS = 4000
 _SLOPE_MS = 60.0  # how sharply the posterior passes 0.5
 
 _DIGIT_WORDS = frozenset("zero oh one two three four five six seven eight nine".split())
-_OPEN_ENDINGS = frozenset(
+OPEN_ENDINGS = frozenset(
     "um uh er erm and but or so because the a an my your our his her their is are was to for on of with at in from by "
     "number order i i'm it's that's if when what which where can could would like want need please order's".split()
 )
-_COMPLETE_ENDINGS = frozenset(
+COMPLETE_ENDINGS = frozenset(
     "yes no yeah nope yep thanks thank you goodbye bye please today tomorrow monday tuesday wednesday thursday friday "
     "saturday sunday person human agent correct right open closed delivery now".split()
 )
-_WAITS = re.compile(
+ASKS_TO_WAIT = re.compile(
     r"\b(one moment|just a moment|hold on|hang on|one second|just a second|let me (see|check|look)|wait a)\b"
 )
-_BACKCHANNELS = frozenset(
+BACKCHANNELS = frozenset(
     "mm hm mhm mmhm uh huh yeah yes okay ok right sure aha ah oh good fine great cool i see go on".split()
 )
-_STOPS = frozenset("stop wait no hold sorry excuse actually but hello hey listen".split())
+STOPS = frozenset("stop wait no hold sorry excuse actually but hello hey listen".split())
 
 
 @dataclass(frozen=True)
@@ -70,16 +70,16 @@ def patience_ms(text: str, slot_digits: int = 0) -> int:
     words = re.findall(r"[\w']+", text.lower())
     if not words:
         return DONE_SLOT_MS
-    if _WAITS.search(" ".join(words[-5:])):
+    if ASKS_TO_WAIT.search(" ".join(words[-5:])):
         return DONE_WAITS_MS
     digits = trailing_digits(words)
     if digits and slot_digits:
         return DONE_SLOT_FULL_MS if digits >= slot_digits else DONE_SLOT_MS
     if digits:  # a number of unknown length: its end cannot be told from a pause
         return DONE_OPEN_MS
-    if words[-1] in _OPEN_ENDINGS and words[-1] not in _COMPLETE_ENDINGS:
+    if words[-1] in OPEN_ENDINGS and words[-1] not in COMPLETE_ENDINGS:
         return DONE_OPEN_MS
-    return DONE_COMPLETE_MS if words[-1] in _COMPLETE_ENDINGS else DONE_NEUTRAL_MS
+    return DONE_COMPLETE_MS if words[-1] in COMPLETE_ENDINGS else DONE_NEUTRAL_MS
 
 
 def trailing_digits(words: list[str]) -> int:
@@ -112,7 +112,7 @@ def _while_agent_listens(view: TurnView) -> dict[str, float]:
     waited = (silence_ms - patience_ms(view.text, view.slot_digits)) / _SLOPE_MS
     done = 1.0 / (1.0 + math.exp(-max(-30.0, min(30.0, waited))))
     rest = 1.0 - done
-    if _WAITS.search(view.text[-40:]):
+    if ASKS_TO_WAIT.search(view.text[-40:]):
         return {"user_done": done, "user_waits": 0.9 * rest, "user_continues": 0.1 * rest + 1e-6}
     return {"user_done": done, "user_continues": rest + 1e-6}
 
@@ -122,8 +122,8 @@ def _while_agent_speaks(view: TurnView) -> dict[str, float]:
         return {"idle": 0.98, "interrupt": 0.01, "backchannel": 0.01}
     voiced_ms = view.voiced_samples / input_samples(1)
     words = re.findall(r"[\w']+", view.overlap_text.lower())
-    content = [word for word in words if word not in _BACKCHANNELS]
-    if any(word in _STOPS for word in words):
+    content = [word for word in words if word not in BACKCHANNELS]
+    if any(word in STOPS for word in words):
         interrupt, backchannel = 0.95, 0.02
     elif len(content) >= 2:
         interrupt, backchannel = 0.92, 0.04

@@ -17,9 +17,12 @@ from numpy.typing import NDArray
 
 from minmo_runtime import features
 from minmo_runtime.api import Caption, PushAudio
+from minmo_runtime.bridges import TurnView
+from minmo_runtime.caption_search import CaptionSearch
 from minmo_runtime.config import RuntimeConfig
 from minmo_runtime.ctc import GreedyCtc
 from minmo_runtime.rates import input_samples
+from minmo_runtime.text import normalise_spoken
 
 
 @dataclass(eq=False)  # one is itself only: two calls' turns may hold equal values
@@ -36,7 +39,7 @@ class Segment:
     is_closed: bool = False  # no sample follows
     is_final: bool = False  # all of it is encoded
     is_discarded: bool = False  # a backchannel, noise, echo: forget it
-    ctc: GreedyCtc = field(default_factory=GreedyCtc)
+    ctc: GreedyCtc | CaptionSearch = field(default_factory=GreedyCtc)
     text: str = ""
     # Owned by the encode job; opaque here.
     fbank: Any = None
@@ -58,6 +61,24 @@ class Segment:
         """Fbank frames that could be encoded now."""
         return features.num_frames(self.num_samples) - self.num_frames_encoded
 
+    @property
+    def is_spent(self) -> bool:
+        """Closed, and every frame of it was encoded: there is no chunk left to run."""
+        return self.is_closed and self.num_frames_waiting() <= 0
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One due prediction: what the gate knew then, and how many encoder chunks of the call were complete."""
+
+    sample: int
+    is_voiced: bool
+    silence_samples: int
+    voiced_samples: int
+    is_agent_speaking: bool
+    has_segment: bool
+    num_chunks: int
+
 
 @dataclass(eq=False)
 class Ear:
@@ -66,6 +87,7 @@ class Ear:
 
     call_id: str
     config: RuntimeConfig
+    chunk_fbank_frames: int = 16  # of one encoder chunk
     clock: int = 0  # input samples received
     last_voiced_sample: int = -1
     segments: deque[Segment] = field(default_factory=deque)
@@ -73,6 +95,8 @@ class Ear:
     overlap_text: list[str] = field(default_factory=list)
     open_segment: Segment | None = None
     num_dropped_samples: int = 0
+    num_chunks_encoded: int = 0  # of the call; counted by the encode job
+    _num_chunks_closed: int = 0  # of closed segments
     _preroll: deque[NDArray[np.int16]] = field(default_factory=deque)
     _preroll_samples: int = 0
     _heard_until: int = 0  # end of the last segment: its samples are not used twice
@@ -123,6 +147,8 @@ class Ear:
         """End the open segment now (hangover over, or the agent takes the floor)."""
         if self.open_segment is not None:
             self.open_segment.is_closed = True
+            frames = features.num_frames(self.open_segment.num_samples)
+            self._num_chunks_closed += -(-frames // self.chunk_fbank_frames)
             self.open_segment = None
             self._heard_until = self.clock
 
@@ -172,6 +198,37 @@ class Ear:
     def has_unheard(self) -> bool:
         """Whether speech of the caller's own turn still waits for the encoder."""
         return any(not s.is_overlap and not s.is_discarded for s in self.segments)
+
+    # --------------------------------------------------------------- predictions
+
+    def moment(self, sample: int, is_agent_speaking: bool) -> Moment:
+        """What the gate knows now, for a prediction at `sample`."""
+        segment = self.open_segment
+        silence = self.clock - self.last_voiced_sample if self.last_voiced_sample >= 0 else self.clock
+        num_open = features.num_frames(segment.num_samples) // self.chunk_fbank_frames if segment else 0
+        return Moment(
+            sample=sample,
+            is_voiced=silence == 0,
+            silence_samples=silence,
+            voiced_samples=segment.last_voiced_sample - segment.onset_sample if segment else 0,
+            is_agent_speaking=is_agent_speaking,
+            has_segment=segment is not None and segment.is_overlap == is_agent_speaking,
+            num_chunks=self._num_chunks_closed + num_open,
+        )
+
+    def view(self, moment: Moment, slot_digits: int) -> TurnView:
+        """A moment with the words heard by now."""
+        return TurnView(
+            sample=moment.sample,
+            is_voiced=moment.is_voiced,
+            silence_samples=moment.silence_samples,
+            voiced_samples=moment.voiced_samples,
+            text=normalise_spoken(self.heard_so_far(overlap=False)),
+            overlap_text=self.heard_so_far(overlap=True),
+            is_agent_speaking=moment.is_agent_speaking,
+            has_segment=moment.has_segment,
+            slot_digits=slot_digits,
+        )
 
     # ------------------------------------------------------------- turn changes
 

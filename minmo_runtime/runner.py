@@ -14,6 +14,7 @@ from minmo_runtime.config import RuntimeConfig
 from minmo_runtime.hearing import Hearing
 from minmo_runtime.kv_cache import SlotPool
 from minmo_runtime.number_guide import NumberGuide
+from minmo_runtime.predictor import Predictor
 from minmo_runtime.quantise import int8_linears
 from minmo_runtime.reply import Reply, ReplyPhase
 from minmo_runtime.rows import RunRows, StreamFailure, each, isolated
@@ -52,6 +53,7 @@ class Runner:
         self.pool = SlotPool(self.llm_cache, config.max_streams)
         self._one_row = step_of(self.llm, self.llm_cache, config)
         self.hearing = Hearing(checkpoint, self.device, _DTYPES[config.dtype])
+        self.predictor = Predictor(checkpoint, self.device, _DTYPES[config.dtype])
         self.sound = Sound(checkpoint, config, self.device)
         self._bans = make_bans(checkpoint).to(self.device)
 
@@ -70,6 +72,7 @@ class Runner:
         hearing, sound = self.hearing, self.sound
         jobs: dict[JobKind, RunRows] = {
             JobKind.ENCODE: hearing.encode,
+            JobKind.PREDICT: self.predictor.predict,
             JobKind.PREFILL: self._prefill,
             JobKind.DECODE: self._decode,
             JobKind.VOICE: sound.voice_tokens,

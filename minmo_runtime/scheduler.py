@@ -21,6 +21,7 @@ class JobKind(Enum):
     """In the order of the walk."""
 
     ENCODE = "encode"
+    PREDICT = "predict"
     PREFILL = "prefill"
     DECODE = "decode"
     VOICE = "voice"
@@ -77,7 +78,9 @@ class Scheduler:
     def ready(self, stream: Stream, now: float) -> list[tuple[Urgency, JobKind, Stream]]:
         """What this call could do now: listening and speaking go side by side."""
         found: list[tuple[Urgency, JobKind, Stream]] = []
-        if self._can_encode(stream):
+        if stream.can_predict:  # before the next chunk: a prediction sees what was there at its moment
+            found.append((Urgency.LISTENING, JobKind.PREDICT, stream))
+        elif self._can_encode(stream):
             found.append((Urgency.LISTENING, JobKind.ENCODE, stream))
         if stream.truncations:
             found.append((Urgency.FIRST_CHUNK, JobKind.ALIGN, stream))

@@ -35,12 +35,13 @@ from minmo_runtime.api import (
 )
 from minmo_runtime.config import RuntimeConfig
 from minmo_runtime.conversation import Conversation
-from minmo_runtime.ear import Ear
+from minmo_runtime.ear import Ear, Moment
 from minmo_runtime.rates import Rates, input_samples
 from minmo_runtime.reply import Reply, ReplyPhase
 from minmo_runtime.text import TextTokenizer, normalise_spoken
 
 MAX_CACHED_SENTENCES = 64  # of all calls together; about 3 s of 24 kHz audio each, 10 MB in all
+MAX_MOMENTS = 64  # an engine that is later than that skips predictions; the patience in agent/turn_taking stays
 TURN_END, TOOL_CALL, TOOL_CALL_END = "<|im_end|>", "<tool_call>", "</tool_call>"
 _MARKUP = re.compile(r"<[^<>]*>|[<>|]")
 
@@ -88,9 +89,13 @@ class Stream:
         self.needs_hidden = (
             False  # whether a Say must run through the LLM (a trained output projector reads hidden states)
         )
-        self.predicts_itself = False  # whether a trained duplex head stands in for the endpointer
+        self.predicts_itself = False  # whether a trained duplex predictor replaces the endpointer
+        self.prediction_samples = input_samples(config.prediction_ms)
+        self.moments: deque[Moment] = deque(maxlen=MAX_MOMENTS)  # predictions that are owed
+        self.new_frames: list[Any] = []  # [n, D] encoder frames that no prediction has seen
+        self.predictor_state: Any = None  # model.causal_transformer.LayerState
         self.say_cache: dict[tuple[str, str], list[NDArray[np.int16]]] = {}
-        self._next_prediction = input_samples(config.prediction_ms)
+        self._next_prediction = self.prediction_samples
 
     # ----------------------------------------------------------------- requests
 
@@ -321,22 +326,21 @@ class Stream:
 
     # ---------------------------------------------------------------- prediction
 
+    def predict_every(self, step_ms: int) -> None:
+        """From now on a trained predictor answers, at its own steps."""
+        self.predicts_itself = True
+        self.prediction_samples = self._next_prediction = input_samples(step_ms)
+
+    @property
+    def can_predict(self) -> bool:
+        """Whether everything that the oldest owed prediction may know has been encoded."""
+        return bool(self.moments) and self.moments[0].num_chunks <= self.ear.num_chunks_encoded
+
     def _predict(self, now: float) -> None:
-        while not self.predicts_itself and self._next_prediction <= self.ear.clock:
-            ear = self.ear
-            segment = ear.open_segment
-            silence = ear.clock - ear.last_voiced_sample if ear.last_voiced_sample >= 0 else ear.clock
-            is_speaking = self.is_agent_speaking(now)
-            view = bridges.TurnView(
-                sample=self._next_prediction,
-                is_voiced=silence == 0,
-                silence_samples=silence,
-                voiced_samples=segment.last_voiced_sample - segment.onset_sample if segment else 0,
-                text=normalise_spoken(ear.heard_so_far(overlap=False)),
-                overlap_text=ear.heard_so_far(overlap=True),
-                is_agent_speaking=is_speaking,
-                has_segment=segment is not None and segment.is_overlap == is_speaking,
-                slot_digits=self.slot_digits,
-            )
-            self.emit(bridges.predict(self.call_id, view))
-            self._next_prediction += input_samples(self.config.prediction_ms)
+        while self._next_prediction <= self.ear.clock:
+            moment = self.ear.moment(self._next_prediction, self.is_agent_speaking(now))
+            if self.predicts_itself:
+                self.moments.append(moment)  # answered when what was heard by then is encoded (predictor.py)
+            else:
+                self.emit(bridges.predict(self.call_id, self.ear.view(moment, self.slot_digits)))
+            self._next_prediction += self.prediction_samples

@@ -6,8 +6,8 @@
     [tokenizers]  text = "text_tokenizer.json", ctc = "ctc_tokenizer.json"
     [encoder] ... one table of sizes per part (the part's Dims; [vocoder] has a `kind` beside them)
     [listening]   language and text form that a full-context encoder is asked for (full_context.py)
-    [files.encoder]   path, sha256, voice_tokenizer_sha256 (voice_lm and flow: which tokenizer their voice tokens are
-    from)
+    [files.encoder]   path, sha256 of the file; tensors_sha256: the tensors as they were trained, a part's identity;
+    llm_sha256, encoder_sha256: which one a connector was trained with; voice_tokenizer_sha256 (voice_lm and flow)
 
 A part whose table is missing is a connector that a bridge stands in for; a part with a table but without weights
 starts at random and makes the checkpoint UNTRAINED, said in every StreamOpened. Tensors are stored as float32,
@@ -30,6 +30,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from minmo_runtime.caption_search import CaptionReader
+from minmo_runtime.duplex_steps import NUM_FACTS
 from minmo_runtime.model.backbone import Backbone
 from minmo_runtime.model.dims import BackboneDims, EncoderDims
 from minmo_runtime.model.duplex import DuplexDims, DuplexPredictor
@@ -50,8 +51,9 @@ from minmo_runtime.text import TextTokenizer
 # Every part that serving needs; the others are connectors.
 NEEDED = ("encoder", "llm", "voice_lm", "flow", "vocoder")
 CONNECTORS = {"projector": "in", "output_projector": "out", "duplex": "duplex"}
-# Loaded and checked, but not used: the runner feeds the LLM text and predicts with the endpointer, and says so.
-NOT_SERVED = ("projector", "duplex")
+# A connector reads another part's vectors and is worth nothing behind a part trained anew: stage that makes it again.
+TRAINED_WITH = {"projector": ("encoder", "llm"), "duplex": ("encoder", "llm"), "output_projector": ("llm",)}
+_STAGE_OF_CONNECTOR = {"projector": "1a", "duplex": "4", "output_projector": "2a"}
 # Parts that consume voice tokens and therefore name the tokenizer that made them.
 VOICE_TOKEN_PARTS = ("voice_lm", "flow")
 
@@ -173,9 +175,14 @@ def read_contents(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: unknown key {', '.join(unknown)}; allowed: {', '.join(sorted(allowed))}")
     if missing := [key for key in ("name", "tokenizers", *NEEDED) if key not in contents]:
         raise CheckpointError(f"{path}: missing {', '.join(missing)}")
-    if "duplex" in contents and "projector" not in contents:
+    if (
+        contents.get("duplex", {}).get("input", "") != "encoder"
+        and "duplex" in contents
+        and "projector" not in contents
+    ):
         raise CheckpointError(
-            f"{path}: [duplex] without [projector]: a predictor without a trained projector is refused"
+            f"{path}: [duplex] without [projector]: a predictor on the LLM's hidden states needs a trained projector; "
+            'only one with input = "encoder" stands without'
         )
     return contents
 
@@ -207,6 +214,7 @@ def load_checkpoint(folder: str | Path, seed: int = 0, models: str | Path = "") 
     contents = read_contents(folder)
     listed = contents.get("files", {})
     _check_voice_tokenizer(listed)
+    _check_trained_with(listed, contents)
     files = Files(folder, models_folder(str(models)))
     modules: dict[str, nn.Module] = {}
     untrained: list[str] = []
@@ -234,9 +242,6 @@ def load_checkpoint(folder: str | Path, seed: int = 0, models: str | Path = "") 
                 untrained.append(part)  # a file of zeros is there, but nobody has trained it
         else:
             untrained.append(part)
-        if part in NOT_SERVED:
-            warnings.append(f"{part}: weights are there, but the runner has no path for them yet; its bridge stands in")
-            continue
         modules[part] = module.eval().requires_grad_(False)
         if isinstance(module, HiftVocoder):
             module.fold_weight_norm()
@@ -310,6 +315,19 @@ def _check_voice_tokenizer(files: Mapping[str, Any]) -> None:
         raise CheckpointError(f"voice LM and flow come from different voice tokenizers: {hashes}")
 
 
+def _check_trained_with(files: Mapping[str, Any], contents: Mapping[str, Any]) -> None:
+    """A connector and the part whose vectors it reads; where either file does not say, nothing is compared."""
+    for part, others in TRAINED_WITH.items():
+        for other in others if part in contents else ():
+            wanted = files.get(part, {}).get(f"{other}_sha256", "")
+            found = files.get(other, {}).get("tensors_sha256", "")
+            if wanted and found and wanted != found:
+                raise CheckpointError(
+                    f"{part} was trained with the {other} {wanted}, this checkpoint holds the {other} {found}: run "
+                    f"`minmo train {_STAGE_OF_CONNECTOR[part]}` with it, or ship without {part}"
+                )
+
+
 def _check_fit(checkpoint: Checkpoint) -> None:
     """Sizes that two parts must share."""
     modules = checkpoint.modules
@@ -322,9 +340,36 @@ def _check_fit(checkpoint: Checkpoint) -> None:
         ("rates.output_sample_rate_hz", checkpoint.rates.output_sample_rate_hz, "vocoder",
          sample_rate_hz(modules.vocoder), "equal"),
     ]  # fmt: skip
+    pairs += _connector_sizes(modules)
     for name, value, other, wanted, relation in pairs:
         if value < wanted or (relation == "equal" and value != wanted):
             raise CheckpointError(f"{name} = {value}: must be {relation} to that of the {other}, {wanted}")
+
+
+def _connector_sizes(modules: Modules) -> list[tuple[str, int, str, int, str]]:
+    encoder, llm = modules.encoder.dims, modules.llm.dims
+    pairs: list[tuple[str, int, str, int, str]] = []
+    if modules.projector is not None:
+        dims = modules.projector.dims
+        pairs.append(("projector.encoder_size", dims.encoder_size, "encoder", encoder.output_size, "equal"))
+        pairs.append(("projector.llm_hidden_size", dims.llm_hidden_size, "llm", llm.hidden_size, "equal"))
+        if dims.num_pieces:
+            pairs.append(("projector.num_pieces", dims.num_pieces, "encoder's vocabulary", encoder.vocab_size, "equal"))
+    if modules.duplex is not None:
+        own = modules.duplex.dims
+        if own.input == "encoder" and not encoder.chunk_frames:
+            raise CheckpointError(
+                "duplex.input = 'encoder': only behind an encoder that streams (chunk_frames above 0)"
+            )
+        width = encoder.output_size if own.input == "encoder" else 2 * llm.hidden_size
+        pairs.append(("duplex.input_size", own.input_size, "pooled input", 2 * width, "equal"))
+        for name, size, other, wanted in (
+            ("num_facts", own.num_facts, "runtime's turn facts", NUM_FACTS),
+            ("num_pieces", own.num_pieces, "encoder's vocabulary", encoder.vocab_size),
+        ):
+            if size:
+                pairs.append((f"duplex.{name}", size, other, wanted, "equal"))
+    return pairs
 
 
 def load_weights(module: nn.Module, path: Path, cmvn: Path | None = None) -> None:

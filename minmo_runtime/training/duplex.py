@@ -1,237 +1,247 @@
-"""Stage 4: the duplex predictor learns who should have the floor, from the frozen LLM's hidden states ++ the
-projector's vectors.
+"""Stage 4: the duplex predictor learns who should have the floor, from steps made by the gate of service.
 
-Simulated streams at the LLM's audio rate. Agent silent: a caller's turn with pauses put between its words (the turn
-goes on), its true end, or "one moment" and silence. Agent speaking: nothing, a backchannel, or an interruption.
-Labels change with the audio, not with words. Everything but the predictor is frozen, so inputs are computed once.
-Score: what a threshold would do.
+Inputs are the frozen encoder's frames with turn facts and CTC pieces (duplex_steps.py); everything but the predictor is
+frozen, so they are computed once. Behind the training its operating point is set: the biases of user_done, user_waits
+and interrupt are moved so that 0.5, the threshold of the turn taking, is where half of the held-out scenes show the
+fewest take-overs with delays no longer than the bridge's, and the fewest stops for backchannels and noise with no fewer
+interruptions found. Score and gate: the other half, against the bridge (duplex_score.py). The pieces of a part of the
+training scenes are hidden, so that it does not live on known phrases alone.
 """
 
 from __future__ import annotations
 
 import json
-import random
-from dataclasses import dataclass
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from minmo_runtime.model.duplex import CLASSES, DuplexDims, DuplexPredictor
-from minmo_runtime.text import TextTokenizer, chat_turn
-from minmo_runtime.training import channel, corpus, synthesis
-from minmo_runtime.training.alignment import AlignmentTask, load_projector
-from minmo_runtime.training.dialogues import Turn, dialogue
-from minmo_runtime.training.freeze import only_trainable
-from minmo_runtime.training.llm import encode_row, load_llm
+from minmo_runtime.caption_search import CaptionReader
+from minmo_runtime.config import RuntimeConfig
+from minmo_runtime.duplex_steps import FACT_NAMES, NUM_FACTS
+from minmo_runtime.model.duplex import DuplexDims, DuplexPredictor, StepInputs
+from minmo_runtime.training.duplex_inputs import IGNORED, steps_of
+from minmo_runtime.training.duplex_scenes import LABEL, Mark, SceneWriter
+from minmo_runtime.training.duplex_score import Judged, bridge_chances, score, shifted
+from minmo_runtime.training.freeze import only_trainable, part_hash
 from minmo_runtime.training.loop import LoopSettings, StepLoop
-from minmo_runtime.training.resume import save_tensors
-from minmo_runtime.training.spoken import RATE_HZ, Mouth, Ragged, features, load_arrays, save_arrays
+from minmo_runtime.training.ngram import NGRAM_FILE
+from minmo_runtime.training.resume import load_tensors, save_tensors
+from minmo_runtime.training.spoken import Mouth, Ragged, load_arrays, save_arrays
 from minmo_runtime.training.stage import StageConfig, part_file
 from minmo_runtime.training.tokenizer import load_encoder
 
 PART = "duplex"
-IGNORED = -1
-LABEL = {name: index for index, name in enumerate(CLASSES)}
-FRAME_S = 0.08  # one LLM audio position of this checkpoint: 25 Hz halved
-BACKCHANNELS = {
-    "train": ("uh huh", "okay", "right", "yes", "yeah", "i see", "sure", "got it", "oh", "good", "ah okay", "hm"),
-    "held": ("alright", "yeah okay", "oh i see", "fine"),
-}
-TRUE_END_S = 2.4  # silence behind a turn
+_SCENES_AT_ONCE = 32
+_MARK_KINDS = (
+    "pause_digits", "pause_number", "pause_opener", "pause_words", "end", "waits", "backchannel", "interrupt", "noise",
+)  # fmt: skip
+_ODDS = np.exp(np.linspace(-4.0, 4.0, 33))
+MAX_UNANSWERED = 0.0  # on the scenes that choose the point; the gate allows 1 % on the others
 
 
-@dataclass
-class Stretch:
-    """A piece of one stream: waveform (16 kHz) and the class it belongs to."""
-
-    waveform: np.ndarray
-    label: str
-
-
-def silence(seconds: float) -> np.ndarray:
-    return np.zeros(int(seconds * RATE_HZ), np.float32)
-
-
-def caller_turn(mouth: Mouth, text: str, rng: np.random.Generator, voice: str, ends: str) -> list[Stretch]:
-    """A turn in one to three parts with pauses of 0.3-2 s between words; behind it `ends` (user_done or user_waits)."""
-    words = text.split()
-    num_pauses = min(int(rng.choice([0, 1, 2], p=[0.4, 0.4, 0.2])), max(0, len(words) - 1))
-    cuts = sorted(rng.choice(np.arange(1, len(words)), num_pauses, replace=False).tolist()) if num_pauses else []
-    prosody, parts = synthesis.random_caller_prosody(rng), [Stretch(silence(rng.uniform(0.2, 0.6)), "idle")]
-    for start, end in zip([0, *cuts], [*cuts, len(words)], strict=True):
-        if start:
-            parts.append(Stretch(silence(rng.uniform(0.3, 2.0)), "user_continues"))
-        parts.append(Stretch(mouth.waveform(" ".join(words[start:end]), voice, prosody), "user_continues"))
-    return [*parts, Stretch(silence(TRUE_END_S), ends)]
-
-
-def overlap(mouth: Mouth, rng: np.random.Generator, voice: str, split: str) -> list[Stretch]:
-    """While the agent speaks: nothing, a backchannel, or an interruption."""
-    parts = [Stretch(silence(rng.uniform(0.5, 2.0)), "idle")]
-    kind = str(rng.choice(["idle", "backchannel", "interrupt"], p=[0.2, 0.4, 0.4]))
-    if kind != "idle":
-        texts = BACKCHANNELS[split] if kind == "backchannel" else None
-        if texts is None:
-            text = corpus.caller_utterances(int(rng.integers(1 << 30)), split, 1)[0]
-        else:
-            text = str(rng.choice(texts))
-        parts.append(Stretch(mouth.waveform(text, voice, synthesis.random_caller_prosody(rng)), kind))
-    return [*parts, Stretch(silence(rng.uniform(0.5, 1.0)), "idle")]
-
-
-def labels_of(parts: list[Stretch], num_frames: int) -> np.ndarray:
-    """Class of each LLM audio frame, by its last sample."""
-    ends = np.cumsum([len(part.waveform) for part in parts]) / RATE_HZ
-    classes = np.array([LABEL[part.label] for part in parts])
-    times = (np.arange(num_frames) + 1) * FRAME_S - 1e-3
-    return classes[np.searchsorted(ends, times).clip(max=len(parts) - 1)]
-
-
-@torch.no_grad()
-def stream_inputs(task: AlignmentTask, tokenizer: TextTokenizer, before: list[Turn], fbank: np.ndarray) -> np.ndarray:
-    """[T, D_llm + D_llm]: hidden states of an open caller's turn behind `before`, ++ the projector's vectors."""
-    vectors = task.hear([fbank])[0][0]
-    ids = [*encode_row(before, tokenizer).ids, *tokenizer.encode(chat_turn("user", "", is_open=True))]
-    embeds = torch.cat([task.llm.embed(torch.tensor(ids)), vectors])[None]
-    hidden = task.llm(embeds=embeds)[0, len(ids) :]
-    return torch.cat([hidden, vectors], 1).numpy().astype(np.float16)
-
-
-def make_data(path: Path, work_dir: Path, task: AlignmentTask, seed: int, split: str, count: int) -> None:
-    """`count` streams: inputs, labels, and whether the agent speaks."""
-    tokenizer = TextTokenizer.from_file(work_dir / "ship" / "text_tokenizer.json")
+def make_data(path: Path, work_dir: Path, dims: DuplexDims, seed: int, split: str, count: int) -> None:
+    """`count` scenes as ragged steps in one npz, with their marks."""
+    encoder = load_encoder(work_dir)
+    tokenizer = Tokenizer.from_file(str(work_dir / "ship" / "ctc_tokenizer.json"))
+    captions = CaptionReader.from_table({"ngram": NGRAM_FILE}, work_dir / "ship")
     mouth, rng = Mouth(work_dir), np.random.default_rng([seed, split == "held"])
-    rows: dict[str, list[np.ndarray]] = {"inputs": [], "labels": []}
-    speaks = []
-    for number in range(count):
-        turns = dialogue(f"duplex/{seed}/{number}", split, 0.0)
-        users = [i for i, turn in enumerate(turns) if turn.role == "user" and not turn.text.startswith("keypad")]
-        if not users:
-            continue
-        at, voice = int(rng.choice(users)), synthesis.random_caller_voice(rng, split == "held")
-        is_speaking = bool(rng.random() < 0.28)
-        if is_speaking:
-            parts = overlap(mouth, rng, voice, split)
-        else:
-            waits = rng.random() < 0.1
-            text = corpus.phrase("wait", split, np_random(rng)) if waits else turns[at].text
-            parts = caller_turn(mouth, text, rng, voice, "user_waits" if waits else "user_done")
-        wave = channel.degrade(np.concatenate([part.waveform for part in parts]), rng, bool(rng.random() < 0.6))
-        inputs = stream_inputs(task, tokenizer, turns[:at], features(wave))
-        rows["inputs"].append(inputs)
-        rows["labels"].append(labels_of(parts, len(inputs)))
-        speaks.append(is_speaking)
-    arrays = {"speaks": np.array(speaks)}
+    rows: dict[str, list[np.ndarray]] = {}
+    answered: list[bool] = []
+    marks: list[tuple[int, int, int, int]] = []
+    for first in range(0, count, _SCENES_AT_ONCE):
+        scenes = [SceneWriter(mouth, rng, split).write() for _ in range(min(_SCENES_AT_ONCE, count - first))]
+        found = steps_of(scenes, encoder, tokenizer, captions, dims, RuntimeConfig())
+        for scene, steps in zip(scenes, found, strict=True):
+            marks += [(len(answered), _MARK_KINDS.index(m.kind), m.start, m.end) for m in scene.marks]
+            answered.append(any(name == "take_turn" for _, name in scene.commands))
+            for name, values in vars(steps).items():
+                rows.setdefault(name, []).append(values)
+        if first // _SCENES_AT_ONCE % 10 == 0:
+            print(f"4: {split} scenes {first + len(scenes)} of {count}", flush=True)
+    arrays = {
+        "answered": np.array(answered),
+        "marks": np.array(marks),
+        "encoder_hash": np.array(encoder_hash(work_dir)),
+    }
     for name, values in rows.items():
         Ragged.of(values).save_into(arrays, name)
     save_arrays(path, arrays)
 
 
-def np_random(rng: np.random.Generator) -> random.Random:
-    """The kind of generator that `corpus` takes."""
-    return random.Random(int(rng.integers(1 << 60)))
+def encoder_hash(work_dir: Path) -> str:
+    return part_hash(part_file(work_dir, "encoder"))
 
 
-class Streams:
+class Scenes:
     """One npz of `make_data`."""
 
     def __init__(self, path: Path) -> None:
         arrays = load_arrays(path)
-        self.inputs, self.labels = Ragged.load_from(arrays, "inputs"), Ragged.load_from(arrays, "labels")
-        self.speaks = arrays["speaks"]
+        names = ("vectors", "facts", "pieces", "speaks", "labels", "samples")
+        self.rows = {name: Ragged.load_from(arrays, name) for name in names}
+        self.answered, self.marks = arrays["answered"], arrays["marks"]
+        self.encoder_hash = str(arrays["encoder_hash"])
 
     def __len__(self) -> int:
-        return len(self.speaks)
+        return len(self.answered)
 
-    def batch(self, chosen: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        """inputs [B, T, D], speaks [B, T], labels [B, T] (IGNORED where padded)."""
-        pad = nn.utils.rnn.pad_sequence
-        inputs = pad([torch.from_numpy(self.inputs[i].astype(np.float32)) for i in chosen], batch_first=True)
-        labels = [torch.from_numpy(self.labels[i].astype(np.int64)) for i in chosen]
-        speaks = torch.from_numpy(self.speaks[chosen])[:, None].expand(-1, inputs.shape[1])
-        return inputs, speaks, pad(labels, batch_first=True, padding_value=IGNORED)
+    def batch(self, chosen: np.ndarray) -> tuple[StepInputs, Tensor]:
+        """Steps [B, T, ...] and labels [B, T] (IGNORED where padded)."""
+
+        def padded(name: str, kind: type, padding: int = 0) -> Tensor:
+            found = [torch.from_numpy(self.rows[name][int(i)].astype(kind)) for i in chosen]
+            return nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=padding)
+
+        steps = StepInputs(
+            padded("vectors", np.float32), padded("speaks", bool), padded("facts", np.float32),
+            padded("pieces", np.int64),
+        )  # fmt: skip
+        return steps, padded("labels", np.int64, IGNORED)
+
+    def judged(self, index: int, chances: np.ndarray) -> Judged:
+        marks = [
+            Mark(_MARK_KINDS[kind], start, end) for scene, kind, start, end in self.marks.tolist() if scene == index
+        ]
+        facts, speaks, samples = (self.rows[name][index] for name in ("facts", "speaks", "samples"))
+        return Judged(chances, facts, speaks, samples, marks, bool(self.answered[index]))
 
 
 @torch.no_grad()
-def evaluate(predictor: DuplexPredictor, streams: Streams, threshold: float) -> dict[str, float]:
-    """With a decision wherever P > threshold: pauses taken over, delay behind true ends, missed ends, cut-ins,
-    interruptions.
-    """
+def posteriors(predictor: DuplexPredictor, scenes: Scenes) -> list[np.ndarray]:
+    """[T, 6] of every scene."""
     predictor.eval()
-    taken: list[bool] = []
-    delays: list[float] = []
-    found: list[bool] = []
-    false_stops: list[bool] = []
-    for index in range(len(streams)):
-        inputs, speaks, labels = streams.batch(np.array([index]))
-        chances = predictor(inputs, speaks)[0].exp()
-        names = labels[0]
-        if bool(streams.speaks[index]):
-            fires = chances[:, LABEL["interrupt"]] > threshold
-            if bool((names == LABEL["interrupt"]).any()):
-                onset = int((names == LABEL["interrupt"]).nonzero()[0])
-                found.append(bool(fires[onset : onset + round(0.64 / FRAME_S)].any()))
-            elif bool((names == LABEL["backchannel"]).any()):
-                false_stops.append(bool(fires.any()))
-            continue
-        fires = chances[:, LABEL["user_done"]] > threshold
-        ends = (names == LABEL["user_done"]).nonzero()
-        first = int(ends[0]) if len(ends) else len(names)
-        if bool((names == LABEL["user_continues"]).any()):
-            taken.append(bool(fires[:first].any()))
-        if len(ends):
-            late = fires[first:].nonzero()
-            delays.append(float(late[0]) * FRAME_S if len(late) else float("inf"))
+    found = [predictor(scenes.batch(np.array([index]))[0])[0].exp().numpy() for index in range(len(scenes))]
     predictor.train()
-    heard = [delay for delay in delays if np.isfinite(delay)]
-    return {
-        "takeover_before_end": float(np.mean(taken)),
-        "n_turns": float(len(taken)),
-        "delay_p50_s": float(np.median(heard)) if heard else float("inf"),
-        "missed_ends": 1.0 - len(heard) / len(delays),
-        "interrupts_found_640ms": float(np.mean(found)),
-        "n_interrupts": float(len(found)),
-        "backchannels_stopped": float(np.mean(false_stops)),
-        "n_backchannels": float(len(false_stops)),
-    }
+    return found
+
+
+def operating_point(scenes: list[Judged], bridge: dict[str, float]) -> dict[str, float]:
+    """Odds by which user_waits, user_done and interrupt are divided (see the module)."""
+
+    def trial(**odds: float) -> dict[str, float]:
+        moved = []
+        for scene in scenes:
+            chances = scene.chances
+            for name, value in odds.items():
+                chances = shifted(chances, name, value)
+            moved.append(Judged(chances, scene.facts, scene.speaks, scene.samples, scene.marks, scene.is_answered))
+        return score(moved)
+
+    def is_answered(found: dict[str, float]) -> bool:
+        is_no_later = all(found[name] <= bridge[name] for name in ("delay_p50_s", "delay_p90_s"))
+        return is_no_later and found["ends_unanswered"] <= max(MAX_UNANSWERED, bridge["ends_unanswered"])
+
+    # An end that is taken for "one moment" leaves the caller in silence: user_waits is only ever made less likely.
+    best: tuple[float, float, float] = (2.0, 1.0, 1.0)
+    for waits in _ODDS[_ODDS >= 1.0][::5]:
+        for done in _ODDS:
+            found = trial(user_waits=waits, user_done=done)
+            if is_answered(found):
+                best = min(best, (found["takeover"] + found["takeover_waits"] / 4, float(waits), float(done)))
+    interrupt = 1.0
+    for odds in _ODDS:  # as careful as it may be while no fewer interruptions are found
+        found = trial(interrupt=odds)
+        if (
+            found["interrupts_1s"] >= bridge["interrupts_1s"]
+            and found["interrupts_640ms"] >= bridge["interrupts_640ms"]
+        ):
+            interrupt = float(odds)
+    return {"user_waits": best[1], "user_done": best[2], "interrupt": interrupt}
+
+
+def set_operating_point(predictor: DuplexPredictor, odds: dict[str, float]) -> None:
+    with torch.no_grad():
+        for name, value in odds.items():
+            predictor.classify.bias[LABEL[name]] -= math.log(value)
+
+
+def hide_pieces(steps: StepInputs, rng: np.random.Generator, share: float) -> StepInputs:
+    """Whole scenes without words, and single words elsewhere."""
+    assert steps.pieces is not None
+    is_scene = torch.from_numpy(rng.random(len(steps.pieces)) < share / 2)
+    is_word = torch.from_numpy(rng.random(steps.pieces.shape) < share / 2)
+    pieces = steps.pieces.masked_fill(is_word | is_scene[:, None, None], 0)
+    return StepInputs(steps.vectors, steps.agent_speaks, steps.facts, pieces)
+
+
+def weighted_loss(log_probs: Tensor, steps: StepInputs, labels: Tensor, overlap_weight: float) -> Tensor:
+    """Mean over the labelled steps; a voice over the agent is rare and weighs more."""
+    assert steps.facts is not None
+    mask = labels != IGNORED
+    is_overlap = steps.agent_speaks & (steps.facts[..., FACT_NAMES.index("is_voiced")] > 0)
+    weights = torch.where(is_overlap, overlap_weight, 1.0)[mask]
+    losses = nn.functional.nll_loss(log_probs[mask].float(), labels[mask], reduction="none")
+    return (losses * weights).sum() / weights.sum()
+
+
+def evaluate(predictor: DuplexPredictor, held: Scenes) -> dict[str, float]:
+    """On the half of the held-out scenes that the operating point has not seen; the bridge's scores as `bridge_*`."""
+    test = range(len(held) // 2, len(held))
+    chances = posteriors(predictor, held)
+    ours = score([held.judged(i, chances[i]) for i in test])
+    theirs = score([held.judged(i, bridge_chances(held.rows["facts"][i])) for i in test])
+    return ours | {f"bridge_{name}": value for name, value in theirs.items() if not name.startswith("n_")}
+
+
+def ship(work_dir: Path, predictor: DuplexPredictor, encoder: str) -> None:
+    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in predictor.state_dict().items()}
+    metadata = {"dims": json.dumps(predictor.dims.to_dict()), "encoder_hash": encoder}
+    save_tensors(part_file(work_dir, PART), tensors, metadata)
+
+
+def load_predictor(path: Path) -> DuplexPredictor:
+    tensors, metadata = load_tensors(path)
+    predictor = DuplexPredictor(DuplexDims.from_dict(json.loads(metadata["dims"])))
+    predictor.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    return predictor
+
+
+def prepare(stage: StageConfig, work_dir: Path, dims: DuplexDims) -> tuple[Scenes, Scenes]:
+    """Training and held-out scenes; made anew when they are of another encoder."""
+    folder, found = stage.folder(work_dir), []
+    for split, count in (("train", stage.settings["num_scenes"]), ("held", stage.settings["num_held_scenes"])):
+        path = folder / f"{split}.npz"
+        if not path.exists() or Scenes(path).encoder_hash != encoder_hash(work_dir):
+            make_data(path, work_dir, dims, stage.seed, split, count)
+        found.append(Scenes(path))
+    return found[0], found[1]
 
 
 def run(stage: StageConfig, work_dir: Path, budget_s: float) -> dict[str, float]:
+    """`budget_s` is the training alone; the scenes are made before it."""
     torch.set_num_threads(1)
     settings: dict[str, Any] = stage.settings
-    folder = stage.folder(work_dir)
-    if not part_file(work_dir, "projector").exists():
-        raise ValueError(
-            "stage 4: no trained projector (1a-1c); a predictor without one is refused, the endpointer stays"
-        )
-    llm, _ = load_llm(work_dir)
-    frozen = AlignmentTask(
-        load_encoder(work_dir), load_projector(part_file(work_dir, "projector")), llm, None, 0.0
-    ).eval()
-    for split, count in (("train", settings["num_streams"]), ("held", settings["num_held_streams"])):
-        if not (folder / f"{split}.npz").exists():
-            make_data(folder / f"{split}.npz", work_dir, frozen, stage.seed, split, count)
-    streams, held = Streams(folder / "train.npz"), Streams(folder / "held.npz")
+    encoder = load_encoder(work_dir)
+    dims = DuplexDims(
+        2 * encoder.dims.output_size, input="encoder", num_facts=NUM_FACTS, num_pieces=encoder.dims.vocab_size,
+        **settings["dims"],
+    )  # fmt: skip
+    scenes, held = prepare(stage, work_dir, dims)
     torch.manual_seed(stage.seed)
-    dims = DuplexDims(streams.inputs.flat.shape[1], **settings["dims"])
     predictor = DuplexPredictor(dims)
     with only_trainable(stage, {PART: predictor}):
-        loop = StepLoop(predictor, LoopSettings.from_table(settings), folder, budget_s, lambda name, p: False)
+        loop = StepLoop(
+            predictor, LoopSettings.from_table(settings), stage.folder(work_dir), budget_s, lambda n, p: False
+        )
 
         def loss_of(step: int) -> Tensor:
             rng = np.random.default_rng([stage.seed, step])
-            inputs, speaks, labels = streams.batch(rng.integers(0, len(streams), settings["batch_size"]))
-            log_probs = predictor(inputs, speaks)
-            mask = labels != IGNORED
-            return nn.functional.nll_loss(log_probs[mask].float(), labels[mask])
+            steps, labels = scenes.batch(rng.integers(0, len(scenes), settings["batch_size"]))
+            log_probs = predictor(hide_pieces(steps, rng, settings["hidden_pieces_share"]))
+            return weighted_loss(log_probs, steps, labels, settings["overlap_weight"])
 
-        def on_save() -> None:
-            state = {name: tensor.to(torch.bfloat16) for name, tensor in loop.averaged_state().items()}
-            save_tensors(part_file(work_dir, PART), state, {"dims": json.dumps(dims.to_dict())})
-
-        loop.run(loss_of, on_save, lambda line: print(line, flush=True))
+        loop.run(loss_of, lambda: None, lambda line: print(line, flush=True))
     predictor.load_state_dict(loop.averaged_state())
-    return {**evaluate(predictor, held, settings["threshold"]), "steps": float(loop.steps)}
+    choosing = range(len(held) // 2)
+    chances = posteriors(predictor, held)
+    bridge = score([held.judged(i, bridge_chances(held.rows["facts"][i])) for i in choosing])
+    odds = operating_point([held.judged(i, chances[i]) for i in choosing], bridge)
+    set_operating_point(predictor, odds)
+    ship(work_dir, predictor, held.encoder_hash)
+    scores = evaluate(load_predictor(part_file(work_dir, PART)), held)
+    return {**scores, **{f"odds_{name}": value for name, value in odds.items()}, "steps": float(loop.steps)}

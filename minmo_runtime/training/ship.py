@@ -19,10 +19,12 @@ from typing import Any
 from safetensors import safe_open
 
 from minmo_runtime.text import TextTokenizer
+from minmo_runtime.training.freeze import part_hash
 from minmo_runtime.training.ngram import NGRAM_FILE
 from minmo_runtime.training.stage import STAGES_DIR
 from minmo_runtime.weights import (
     NEEDED,
+    TRAINED_WITH,
     VOICE_TOKEN_PARTS,
     CheckpointError,
     file_hash,
@@ -83,6 +85,16 @@ def voice_tokenizer_hash(ship: Path, part: str) -> str:
     return metadata.get("voice_tokenizer_hash", "")
 
 
+def identities(source: Path, part: str) -> dict[str, str]:
+    """What later loading compares: the trained tensors' hash of a part that others read, and whose vectors it reads."""
+    found = {"tensors_sha256": part_hash(source)} if any(part in others for others in TRAINED_WITH.values()) else {}
+    metadata = _metadata(source)
+    for other in TRAINED_WITH.get(part, ()):
+        if digest := metadata.get(f"{other}_hash", ""):
+            found[f"{other}_sha256"] = digest
+    return found
+
+
 def assemble(
     ship: Path,
     out: Path,
@@ -115,6 +127,7 @@ def assemble(
         files[part] = {"path": f"{part}.safetensors", "sha256": file_hash(out / f"{part}.safetensors")}
         if part in VOICE_TOKEN_PARTS and (digest := voice_tokenizer_hash(ship, part)):
             files[part]["voice_tokenizer_sha256"] = digest
+        files[part] |= identities(source, part)
     for file in TOKENIZERS.values():
         shutil.copyfile(ship / file, out / file)
     for extra in ("voices.safetensors", NGRAM_FILE, "MODEL_CARD.md"):

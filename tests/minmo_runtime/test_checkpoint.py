@@ -76,10 +76,51 @@ def test_voice_lm_and_flow_must_share_their_voice_tokenizer(tmp_path: Path) -> N
         load_checkpoint(folder)
 
 
-def test_a_predictor_without_a_projector_is_refused(tmp_path: Path) -> None:
-    dims = {**TINY, "duplex": {"input_size": 32, "hidden_size": 32}}
-    with pytest.raises(CheckpointError, match="duplex"):
+PROJECTOR = {"encoder_size": 32, "llm_hidden_size": 32, "ffn_size": 32}
+
+
+def test_a_predictor_on_hidden_states_needs_a_projector(tmp_path: Path) -> None:
+    dims = {**TINY, "duplex": {"input_size": 128, "hidden_size": 32}}
+    with pytest.raises(CheckpointError, match="duplex.*needs a trained projector"):
         load_checkpoint(write_random_checkpoint(tmp_path, dims=dims))
+
+
+def test_a_predictor_on_encoder_frames_stands_without_a_projector(tmp_path: Path) -> None:
+    dims = {**TINY, "duplex": {"input_size": 64, "input": "encoder", "hidden_size": 32}}
+    assert load_checkpoint(write_random_checkpoint(tmp_path, dims=dims)).bridges == ("in",)
+
+
+@pytest.mark.parametrize(
+    ("part", "sizes", "message"),
+    [
+        ("duplex", {"input_size": 60, "input": "encoder"}, r"duplex\.input_size = 60: must be equal .* 64"),
+        ("projector", {**PROJECTOR, "llm_hidden_size": 48}, r"projector\.llm_hidden_size = 48: must be equal .* 32"),
+    ],
+)
+def test_a_connector_of_another_size_is_refused(tmp_path: Path, part: str, sizes: dict, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(write_random_checkpoint(tmp_path, dims={**TINY, part: sizes}))
+
+
+def test_an_unknown_input_of_the_predictor_is_refused_with_the_allowed_ones(tmp_path: Path) -> None:
+    dims = {**TINY, "duplex": {"input_size": 64, "input": "encoder"}}
+    folder = write_random_checkpoint(tmp_path, dims=dims)
+    rewrite(folder, 'input = "encoder"', 'input = "mel"')
+    rewrite(folder, "[duplex]", "[projector]\nencoder_size = 32\nllm_hidden_size = 32\n\n[duplex]")
+    with pytest.raises(CheckpointError, match="'mel' must be one of llm\\+projector, encoder"):
+        load_checkpoint(folder)
+
+
+def test_a_connector_trained_with_another_llm_is_refused_with_both_hashes_and_what_to_run(tmp_path: Path) -> None:
+    folder = write_random_checkpoint(tmp_path)
+    path = folder / "checkpoint.toml"
+    path.write_text(
+        path.read_text() + '\n[files.llm]\ntensors_sha256 = "b1"\n\n[files.output_projector]\nllm_sha256 = "a0"\n'
+    )
+    with pytest.raises(CheckpointError, match=r"output_projector.*llm a0.*llm b1.*minmo train 2a"):
+        load_checkpoint(folder)
+    path.write_text(path.read_text().replace('"b1"', '"a0"'))
+    load_checkpoint(folder)
 
 
 def test_an_empty_folder_says_what_it_lacks(tmp_path: Path) -> None:
@@ -92,10 +133,9 @@ def test_settings_out_of_range_are_refused_by_name() -> None:
         RuntimeConfig(max_streams=0)
 
 
-def test_a_connector_that_is_not_served_does_not_hide_its_bridge(tmp_path: Path) -> None:
-    dims = {**TINY, "projector": {"encoder_size": 32, "llm_hidden_size": 32, "ffn_size": 32}}
-    checkpoint = load_checkpoint(write_random_checkpoint(tmp_path, dims=dims))
-    assert "in" in checkpoint.bridges and any("projector" in warning for warning in checkpoint.warnings)
+def test_trained_connectors_leave_no_bridge(tmp_path: Path) -> None:
+    dims = {**TINY, "projector": PROJECTOR, "duplex": {"input_size": 64, "input": "encoder"}}
+    assert load_checkpoint(write_random_checkpoint(tmp_path, dims=dims)).bridges == ()
 
 
 def test_a_connector_without_weights_is_bridged_not_random(tmp_path: Path) -> None:

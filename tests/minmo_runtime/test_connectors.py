@@ -5,7 +5,7 @@ other.
 import pytest
 import torch
 
-from minmo_runtime.model.duplex import CLASSES, WHILE_SILENT, WHILE_SPEAKING, DuplexDims, DuplexPredictor
+from minmo_runtime.model.duplex import CLASSES, WHILE_SILENT, WHILE_SPEAKING, DuplexDims, DuplexPredictor, StepInputs
 from minmo_runtime.model.output_projector import OutputProjector, OutputProjectorDims
 from minmo_runtime.model.projector import InputProjector, ProjectorDims
 from minmo_runtime.model.speaker import SpeakerDims, SpeakerEncoder
@@ -87,18 +87,26 @@ def test_unknown_output_projector_form_is_refused():
         OutputProjectorDims(32, 24, form="sum")
 
 
+def some(steps: StepInputs, span: slice | None) -> StepInputs:
+    """A span of the steps; None puts a batch in front."""
+    return StepInputs(*(values[span] for values in (steps.vectors, steps.agent_speaks, steps.facts, steps.pieces)))
+
+
 @pytest.mark.parametrize("seed", range(4))
 @torch.no_grad()
 def test_duplex_streaming_is_offline(seed):
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    duplex = DuplexPredictor(DuplexDims(20, hidden_size=16, num_heads=2, ffn_size=32, left_context=9)).eval()
+    extras = {"num_facts": 3, "num_pieces": 9, "piece_window": 2, "piece_size": 4}
+    dims = DuplexDims(20, hidden_size=16, num_heads=2, ffn_size=32, left_context=9, **extras)
+    duplex = DuplexPredictor(dims).eval()
     torch.nn.init.normal_(duplex.agent_speaks)
-    inputs, speaks = torch.randn(50, 20), torch.rand(50) < 0.5
-    offline = duplex(inputs[None], speaks[None])[0]
+    speaks = torch.rand(50) < 0.5
+    steps = StepInputs(torch.randn(50, 20), speaks, torch.randn(50, 3), torch.randint(0, 9, (50, 2)))
+    offline = duplex(some(steps, None))[0]
     state, start, parts = duplex.init_state(), 0, []
     for size in random_chunks(50, generator):
-        parts.append(duplex.forward_chunk(inputs[start : start + size], speaks[start : start + size], state))
+        parts.append(duplex.forward_chunk(some(steps, slice(start, start + size)), state))
         start += size
     torch.testing.assert_close(torch.cat(parts), offline, **TOLERANCE)
 
@@ -107,7 +115,7 @@ def test_duplex_streaming_is_offline(seed):
 @torch.no_grad()
 def test_duplex_classes_are_masked_by_who_speaks(speaks, allowed):
     duplex = DuplexPredictor(DuplexDims(20, hidden_size=16, num_heads=2, ffn_size=32))
-    probabilities = duplex(torch.randn(1, 6, 20), torch.full((1, 6), speaks)).exp()
+    probabilities = duplex(StepInputs(torch.randn(1, 6, 20), torch.full((1, 6), speaks))).exp()
     torch.testing.assert_close(probabilities.sum(-1), torch.ones(1, 6))
     for index, name in enumerate(CLASSES):
         assert bool((probabilities[..., index] > 0).all()) == (name in allowed)

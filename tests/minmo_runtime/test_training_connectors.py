@@ -9,7 +9,6 @@ from minmo_runtime.model.dims import BackboneDims
 from minmo_runtime.text import TextTokenizer
 from minmo_runtime.training.alignment import AUDIO, call_turns, is_spoken, lay_out
 from minmo_runtime.training.dialogues import Turn
-from minmo_runtime.training.duplex import LABEL, Stretch, labels_of, silence
 from minmo_runtime.training.llm import encode_row
 from minmo_runtime.training.semantic import caller_span, read_reply, replies_of
 from minmo_runtime.training.speaker import equal_error_rate
@@ -83,17 +82,6 @@ def test_audio_stands_where_the_callers_text_stood(tokenizer):
 def test_calls_come_back_from_their_seed():
     assert call_turns(3, "train", 5) == call_turns(3, "train", 5)
     assert any(is_spoken(turn) for turn in call_turns(3, "train", 5))
-
-
-def test_duplex_labels_follow_the_audio():
-    parts = [
-        Stretch(silence(0.16), "idle"),
-        Stretch(silence(0.24), "user_continues"),
-        Stretch(silence(0.4), "user_done"),
-    ]
-    assert (
-        labels_of(parts, 9).tolist() == [LABEL["idle"]] * 2 + [LABEL["user_continues"]] * 3 + [LABEL["user_done"]] * 4
-    )
 
 
 def test_equal_error_rate_of_perfect_and_of_useless_scores():
