@@ -42,8 +42,8 @@ def test_two_calls_at_once_are_both_understood_and_their_rows_are_apart(served: 
         ("opening_hours", "saturday")
     }
     assert {(tool["name"], *tool["arguments"].values()) for tool in two["tool_calls"]} == {("look_up_order", number)}
-    assert "on saturday are you open" in what_was(one, "caller") and "number" not in what_was(one, "caller")
-    assert "the number is" in what_was(two, "caller") and "saturday" not in what_was(two, "caller")
+    assert "saturday" in what_was(one, "caller") and "number" not in what_was(one, "caller")
+    assert "number" in what_was(two, "caller") and "saturday" not in what_was(two, "caller")
     assert status not in what_was(one, "agent") and "saturday" not in what_was(two, "agent")
 
 
