@@ -25,6 +25,7 @@ from dataclasses import asdict
 from agent import events as own
 from agent import floor
 from agent.agent_side import AgentSide
+from agent.agent_turns import State
 from agent.call_context import CallContext
 from agent.call_setup import CallSetup
 from agent.caller_side import CallerSide
@@ -39,7 +40,7 @@ from agent.tools.catalogue import CallFrame
 from agent.tools.desk import DeskAction, ToolDesk
 from agent.transcript import Transcript
 from agent.translate import predicted
-from agent.turn_taking import State, TurnTaking
+from agent.turn_taking import TurnTaking
 from minmo_runtime import api
 from telephony import leg as tel
 from telephony.resample import StreamResampler

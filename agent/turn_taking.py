@@ -23,9 +23,9 @@ Two promises are kept by time alone. The caller is not left in silence: an owed 
 after `filler_after_s` and is given up after `recover_after_s`; a silent caller is asked again, then the call closes.
 And a call ends: `max_call_s`.
 
-The table `NEXT` lists every state with the states that may follow; `_move` refuses anything else. Every (state,
-event) pair is answered by `_HANDLERS`; a pair that is not in it is deliberately without effect (tests/agent lists
-them).
+The states, which may follow which, and the queue are in agent/agent_turns.py; the two decisions, as arithmetic, in
+agent/duplex_decisions.py. Every (state, event) pair is answered by `_HANDLERS`; a pair that is not in it is
+deliberately without effect (tests/agent lists them).
 
 Sources: MinMo arXiv 2501.06282 section 3.4 (two decisions); Duplex rules of design §4a; users.md P8-P12, P16, L1, L2,
 L4.
@@ -34,100 +34,28 @@ L4.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass
 from typing import Any
 
 from agent import floor
+from agent.agent_turns import AgentTurn, AgentTurns, State
+from agent.duplex_decisions import CallerTurn, EndOfTurn, Meaning, Overlap, end_of_turn, meaning_of
 from agent.floor import Action, Event
-from agent.floor import TurnTakingConfig as TurnTakingConfig
-
-
-class State(StrEnum):
-    WAITING = "waiting"  # ringing: nothing may be heard yet
-    LISTENING = "listening"
-    THINKING = "thinking"
-    SPEAKING = "speaking"
-    PROTECTED = "protected"
-    OVERLAP = "overlap"
-    CLOSING = "closing"
-    CLOSED = "closed"
-
-
-_OPEN = frozenset({State.LISTENING, State.THINKING, State.SPEAKING, State.PROTECTED, State.CLOSING, State.CLOSED})
-NEXT: dict[State, frozenset[State]] = {
-    State.WAITING: _OPEN,
-    State.LISTENING: _OPEN,
-    State.THINKING: _OPEN,
-    State.SPEAKING: _OPEN | {State.OVERLAP},
-    State.PROTECTED: _OPEN,
-    State.OVERLAP: _OPEN,
-    State.CLOSING: frozenset({State.CLOSING, State.CLOSED}),
-    State.CLOSED: frozenset(),
-}
 
 
 @dataclass
-class AgentTurn:
-    """One stretch of the floor that the agent wants or has."""
-
-    turn_id: str
-    purpose: str  # "reply", or the key of a fixed line
-    is_protected: bool = False
-    closing_cause: str = ""
-    is_audible: bool = False
-    owed_since: float = 0.0
-    has_filler: bool = False
-
-
-@dataclass
-class CallerTurn:
-    """The caller's open stretch: counted on the caller's own clock (seconds of received audio)."""
-
-    voiced_s: float = 0.0
-    words: str = ""
-    confidence: float = 1.0
-    num_slot_digits: int = 0
-    has_waited: bool = False  # predicted user_waits: "hold on, let me look"
-
-
-@dataclass
-class Overlap:
-    started_at: float
-    started_at_audio_s: float
-    voiced_s: float = 0.0
-    words: str = ""
-    prediction: floor.Predicted | None = None
-    is_paused: bool = False
-    why: str = ""  # backchannel | noise, once the agent went on
-    is_agent_done: bool = False  # the current turn was played to its end meanwhile
-
-
-@dataclass
-class TurnTaking:
+class TurnTaking(AgentTurns):
     """Drive it with `step`; it owns the floor of one call and knows neither audio nor models."""
 
-    config: TurnTakingConfig = field(default_factory=TurnTakingConfig)
-    slot_digits: int = 0  # length of the number this line expects, 0 = none
-    state: State = State.WAITING
-    caller: CallerTurn = field(default_factory=CallerTurn)
-    queue: list[AgentTurn] = field(default_factory=list)
     overlap: Overlap | None = None
-    _doubtful: Overlap | None = None  # resumed, but its voice still lasts
     answered_at: float | None = None
-    _num_turns: int = 0
+    _doubtful: Overlap | None = None  # resumed, but its voice still lasts
     _num_reprompts: int = 0
     _audio_s: float = 0.0  # the caller's clock
-    _last_voiced_at: float = 0.0  # wall
-    _last_voiced_audio_s: float = -1.0
     _stretch_s: float = 0.0  # voiced audio of the running stretch
     _is_ignoring: bool = False  # a voice that was judged noise: until it falls silent
-    _listening_since: float = 0.0
     _prediction: floor.Predicted | None = None
-    _waiting_lines: list[floor.LineWanted] = field(default_factory=list)
     _hang_up_at: float | None = None
-    _closing_since: float = 0.0
-    _actions: list[Action] = field(default_factory=list)
 
     # ------------------------------------------------------------------- drive
 
@@ -138,69 +66,6 @@ class TurnTaking:
         if handler is not None:
             handler(self, event, now)
         return self._actions
-
-    def skip_turns(self, num_turns: int) -> None:
-        """An earlier agent of this call has used so many turn ids."""
-        self._num_turns += num_turns
-
-    @property
-    def current(self) -> AgentTurn | None:
-        return self.queue[0] if self.queue else None
-
-    def is_caller_voiced(self, now: float) -> bool:
-        return self._last_voiced_audio_s >= 0 and now - self._last_voiced_at < self.config.burst_silence_s
-
-    def may_duck(self, turn_id: str) -> bool:
-        """False for a turn that must be heard in full: whatever the caller says, it stays as loud as it is."""
-        return not any(turn.turn_id == turn_id and (turn.is_protected or turn.closing_cause) for turn in self.queue)
-
-    def _move(self, state: State) -> None:
-        assert state in NEXT[self.state], f"{self.state} -> {state} is not in the table"
-        self.state = state
-
-    # ---------------------------------------------------------------- agent turns
-
-    def _take_floor(
-        self, purpose: str, now: float, *, is_protected: bool = False, closing_cause: str = "", how: str = ""
-    ) -> AgentTurn:
-        self._num_turns += 1
-        turn = AgentTurn(f"a{self._num_turns}", purpose, is_protected, closing_cause, owed_since=now)
-        self.queue.append(turn)
-        self._actions.append(floor.TakeFloor(turn.turn_id, purpose, self.caller.words, self.caller.confidence, how))
-        if self.state is not State.WAITING and self.current is turn:
-            self._enter_current(now)
-        return turn
-
-    def _enter_current(self, now: float) -> None:
-        """The first of the queue is what the agent says now; without one the caller has the floor."""
-        turn = self.current
-        if turn is None:
-            if self.state is not State.LISTENING:
-                self._move(State.LISTENING)
-                self._listening_since = now
-            self._say_waiting_line(now)
-        elif turn.closing_cause:
-            self._closing_since = now
-            self._move(State.CLOSING)
-        else:
-            turn.owed_since = now
-            self._move(State.PROTECTED if turn.is_protected else State.SPEAKING if turn.is_audible else State.THINKING)
-
-    def _cut_current(self, reason: str, now: float) -> None:
-        """The current turn ends here. Queued turns fall with it, except those that must be heard."""
-        self._doubtful = None  # the cut tells the runtime whose words they were
-        turn, *rest = self.queue
-        self._actions.append(floor.Cut(turn.turn_id, reason))
-        for dropped in [t for t in rest if not t.is_protected]:
-            self._actions.append(floor.Cut(dropped.turn_id, "false_end"))
-        self.queue = [t for t in rest if t.is_protected]
-        self._enter_current(now)
-
-    def _say_waiting_line(self, now: float) -> None:
-        if self._waiting_lines and not self.queue and not self.is_caller_voiced(now):
-            line = self._waiting_lines.pop(0)
-            self.caller = CallerTurn()
-            self._take_floor(line.purpose, now, is_protected=line.is_protected, closing_cause=line.closing_cause)
 
     # ---------------------------------------------------------------- life of the call
 
@@ -373,56 +238,32 @@ class TurnTaking:
     # ------------------------------------------------------------------ decisions
 
     def _end_caller_turn(self, now: float) -> None:
-        """LISTENING only: has the caller finished?"""
-        caller, silence = self.caller, now - self._last_voiced_at
-        if caller.voiced_s <= 0 or silence < self.config.end_silence_s:
-            return
-        is_slot_open = 0 < caller.num_slot_digits < self.slot_digits
-        patience = self.config.slot_patience_s if is_slot_open else self.config.missed_end_s
-        is_predicted = (
-            self._prediction is not None
-            and self._prediction.user_done >= self.config.user_done_probability
-            and self._prediction.at_s >= self._last_voiced_audio_s
-            and not is_slot_open
-        )
-        if caller.has_waited and silence < self.config.reprompt_after_s:
-            return
-        if caller.words and (is_predicted or silence >= patience):
-            self._take_floor("reply", now, how="predicted" if is_predicted else "silence")
-        elif not caller.words and silence >= self.config.missed_end_s:
-            if caller.voiced_s >= self.config.wordless_s:
-                self._take_floor("reply", now, how="silence")
-            else:
+        """LISTENING only."""
+        last = self._prediction
+        if last is not None and last.at_s < self._last_voiced_audio_s:
+            last = None  # it does not know the caller's last words
+        is_slot_open = 0 < self.caller.num_slot_digits < self.slot_digits
+        match end_of_turn(self.caller, now - self._last_voiced_at, last, is_slot_open, self.config):
+            case EndOfTurn.PREDICTED | EndOfTurn.SILENCE as how:
+                self._take_floor("reply", now, how=how.value)
+            case EndOfTurn.NOISE:
                 self.caller = CallerTurn()
 
     def _decide_overlap(self, now: float) -> None:
-        overlap, config = self.overlap, self.config
+        overlap = self.overlap
         assert overlap is not None
-        elapsed, silence = now - overlap.started_at, now - self._last_voiced_at
-        p = overlap.prediction or floor.Predicted(at_s=0.0)
-        is_burst_over = silence >= config.burst_silence_s
-        is_theirs = p.interrupt > max(p.backchannel, p.idle)
-        if is_burst_over and overlap.voiced_s < config.burst_voiced_s:
-            return self._resume(now, "noise")
-        if elapsed >= config.decide_min_s:
-            if p.interrupt >= config.interrupt_probability and overlap.voiced_s >= config.burst_voiced_s:
-                return self._interrupt(now)
-            if is_burst_over and p.backchannel + p.idle > p.interrupt:
-                return self._resume(now, "backchannel" if p.backchannel >= p.idle else "noise")
-        if elapsed >= config.decide_max_s:
-            # Undecided: a voice that goes on is meant; one that is called noise or echo, or that fell silent, is not.
-            is_noise = p.idle + p.backchannel > self.config.noise_probability
-            if is_theirs or not (is_burst_over or is_noise):
-                return self._interrupt(now)
-            return self._resume(now, "noise" if p.idle >= p.backchannel else "backchannel")
-        if (
-            elapsed >= config.pause_after_s
-            and not overlap.is_paused
-            and p.backchannel + p.idle < 0.5
-            and not is_burst_over
-        ):
-            overlap.is_paused = True
-            self._actions.append(floor.PausePlayout())
+        match meaning_of(overlap, now - overlap.started_at, now - self._last_voiced_at, self.config):
+            case Meaning.INTERRUPT:
+                self._interrupt(now)
+            case Meaning.BACKCHANNEL | Meaning.NOISE as why:
+                self._resume(now, why.value)
+            case Meaning.LIKELY if not overlap.is_paused:
+                overlap.is_paused = True
+                self._actions.append(floor.PausePlayout())
+
+    def _cut_current(self, reason: str, now: float) -> None:
+        self._doubtful = None  # the cut tells the runtime whose words they were
+        super()._cut_current(reason, now)
 
     def _interrupt(self, now: float) -> None:
         overlap = self._leave_overlap()

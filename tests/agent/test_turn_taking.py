@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from agent import floor
-from agent.turn_taking import _HANDLERS, NEXT, State, TurnTaking, TurnTakingConfig
+from agent.agent_turns import NEXT, State
+from agent.floor import TurnTakingConfig
+from agent.turn_taking import _HANDLERS, TurnTaking
 
 FRAME_S = 0.02
 SAMPLE_EVENTS: dict[type, Any] = {

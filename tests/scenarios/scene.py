@@ -26,8 +26,8 @@ from agent.events import (
     Tick,
     ToolFinished,
 )  # fmt: skip
+from agent.floor import TurnTakingConfig
 from agent.prompts.lines import LineBook
-from agent.turn_taking import TurnTakingConfig
 from minmo_runtime import api
 from minmo_runtime.fake import FakeLine, FakeRule, FakeScript, FakeStream
 from policies.campaign import Campaign

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from agent.turn_taking import TurnTakingConfig
+from agent.floor import TurnTakingConfig
 from minmo_runtime import api
 from minmo_runtime.fake import FakeLine
 from telephony import leg as tel
