@@ -12,6 +12,9 @@ class CallFacts(msgspec.Struct, frozen=True, kw_only=True):
     did: str  # dialled number: chooses the campaign
     ani: str = ""
     direction: str = "inbound"
+    trunk: str = ""  # by which carrier or PBX it came, "" = none that is configured
+    is_number_withheld: bool = False
+    headers: dict[str, str] = {}  # of the INVITE, as far as campaigns may read them: the caller's claim
     started_at: dt.datetime  # timezone-aware, the shell's clock
     caller_language: str = ""  # as recognised so far, BCP 47, "" = unknown
     caller_emotion: str = ""  # as recognised so far, "" = unknown

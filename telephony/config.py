@@ -62,7 +62,24 @@ class TelephonyConfig:
     """Hosts an outbound INVITE may go to: `host` or `host:port`. Everything else is refused before a packet leaves."""
 
     transports: tuple[str, ...] = ("udp",)
-    """Transports SIP listens on, all at `sip_port`: udp, tcp."""
+    """Transports SIP listens on: udp, tcp (both at `sip_port`), tls (at `tls_port`)."""
+
+    tls_port: int = 5061
+    """TCP port of SIP over TLS."""
+
+    tls_cert_file: str = ""
+    """PEM certificate chain for tls."""
+
+    tls_key_file: str = ""
+    """PEM key for tls."""
+
+    accepts_old_openssl: bool = False
+    """The wheel's pjsua2 bundles OpenSSL 1.0.2 of 2017: with tls in `transports` it does not start unless this is true.
+    Better: a TLS proxy in front (docs/telephony.md)."""
+
+    srtp: str = "off"
+    """SDES-SRTP (RFC 4568): off | optional (offered and accepted) | mandatory (a call without it gets 488, ours too).
+    The keys stand in SDP: only worth something over tls or a private network."""
 
     trunks: tuple[TrunkConfig, ...] = ()
     """Carriers and PBXs, each a table [[telephony.trunks]]: name, hosts, transport, sources, registers,
@@ -96,6 +113,9 @@ class TelephonyConfig:
 
     invites_per_s: int = 20
     """More INVITEs than this to one worker are dropped unanswered; their senders try again (RFC 3261 §17.1.1.2)."""
+
+    inband_dtmf: str = "auto"
+    """Are keys heard as tones? auto = where the party negotiated no RFC 4733; on = always; off = never."""
 
     health_after_s: float = 2.0
     """So long after the answer the media's health is judged and written to the call record (one-way audio)."""
@@ -192,6 +212,7 @@ class TelephonyConfig:
 
     def _check_ranges(self) -> None:
         ranges: dict[str, tuple[float, float]] = {
+            "tls_port": (1, 65535),
             "sip_port": (0, 65535), "rtp_port_first": (0, 65000), "max_calls": (1, 512), "retry_after_s": (0, 3600),
             "health_after_s": (0.5, 30), "invites_per_s": (1, 1000), "pool_calls": (0, 10000),
             "answer_timeout_s": (0.1, 180),
@@ -209,6 +230,8 @@ class TelephonyConfig:
                 raise refusal(name, value, f"must be {low} to {high}")
         if self.ptime_ms not in PTIMES_MS:
             raise refusal("ptime_ms", self.ptime_ms, "must be 10, 20, 30 or 40")
+        if self.inband_dtmf not in ("auto", "on", "off"):
+            raise refusal("inband_dtmf", self.inband_dtmf, "must be auto, on or off")
         if self.echo_canceller not in ("auto", "speexdsp", "off"):
             raise refusal("echo_canceller", self.echo_canceller, "must be auto, speexdsp or off")
         if self.vad_onset_window_ms < self.vad_onset_ms:
@@ -220,8 +243,12 @@ class TelephonyConfig:
         known = (*CODECS, *WIDEBAND_CODECS)
         if not self.codecs or any(codec not in known for codec in self.codecs):
             raise refusal("codecs", list(self.codecs), f"must be one or more of {', '.join(known)}")
-        if not self.transports or any(transport not in ("udp", "tcp") for transport in self.transports):
-            raise refusal("transports", list(self.transports), "must be one or more of udp, tcp")
+        if not self.transports or any(transport not in ("udp", "tcp", "tls") for transport in self.transports):
+            raise refusal("transports", list(self.transports), "must be one or more of udp, tcp, tls")
+        if "tls" in self.transports and not (self.tls_cert_file and self.tls_key_file):
+            raise refusal("tls_cert_file", self.tls_cert_file, "must be set, and tls_key_file, with tls in transports")
+        if self.srtp not in ("off", "optional", "mandatory"):
+            raise refusal("srtp", self.srtp, "must be off, optional or mandatory")
         for trunk in self.trunks:
             if trunk.transport not in self.transports:
                 raise trunk.refusal("transport", "must be in telephony.transports")

@@ -16,8 +16,9 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from telephony.config import TelephonyConfig
+from telephony.dtmf import DtmfDetector
 from telephony.frames import CallerAudio
-from telephony.leg import LegCommand, LegError, LegEvent, PlayoutProgress, WireMetric
+from telephony.leg import DtmfReceived, LegCommand, LegError, LegEvent, PlayoutProgress, WireMetric
 from telephony.playout import Playout
 from telephony.ring import AudioTick, LegRings, RecordKind, pack_audio
 from telephony.wire import encode, ring_commands
@@ -32,6 +33,7 @@ class LegMedia:
     """Everything here but `local_commands`, `is_held`, `confirmed` and `attach` belongs to the clock thread."""
 
     def __init__(self, leg_id: str, config: TelephonyConfig) -> None:
+        self._leg_id = leg_id
         self._playout = Playout(leg_id, config)
         self._caller_audio = CallerAudio(config)
         self._meters = {party: VoicedEnergyMeter(leg_id, party, config) for party in ("caller", "agent")}
@@ -40,6 +42,7 @@ class LegMedia:
         self._outlet: tuple[LegRings, int] | None = None
         self.local_commands: deque[LegCommand] = deque()  # from the worker itself (apology); append is atomic
         self.is_held = False
+        self.keys: DtmfDetector | None = None  # set while keys are to be heard as sound
         self.dropped_frames = 0
         self._leg_id, self._rate_hz = leg_id, config.sample_rate_hz
         self._confirmed_at_s: float | None = None  # set by the main thread, taken by the next tick
@@ -98,6 +101,10 @@ class LegMedia:
         cleaned, is_voiced = self._caller_audio.listen(received, sent)
         self._playout.caller_is_voiced(is_voiced)
         self._report(list(self._meters["caller"].push(received)))
+        keys = self.keys
+        if keys is not None:
+            digits = keys.push(received)
+            self._report([DtmfReceived(leg_id=self._leg_id, digit=key, sample=self.sample) for key in digits])
         outlet = self._outlet
         if outlet is None:
             return

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any
 
-TRANSPORTS = ("udp", "tcp")
+TRANSPORTS = ("udp", "tcp", "tls")
 DID_HEADERS = ("request_uri", "to", "p-called-party-id")
 _HOST = re.compile(r"(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9.-]+)(:\d{1,5})?")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,32}")
@@ -29,7 +29,7 @@ class TrunkConfig:
     within `failover_s`."""
 
     transport: str = "udp"
-    """udp or tcp."""
+    """udp, tcp or tls."""
 
     sources: tuple[str, ...] = ()
     """Networks (CIDR) its calls come from; empty = the addresses that `hosts` have at start."""
@@ -116,7 +116,7 @@ class TrunkConfig:
 
     def uri_of(self, user: str, host: str) -> str:
         """Request-URI of a call to `user` by way of `host`."""
-        suffix = ";transport=tcp" if self.transport == "tcp" else ""
+        suffix = "" if self.transport == "udp" else f";transport={self.transport}"
         return f"sip:{user}@{host}{suffix}" if user else f"sip:{host}{suffix}"
 
 

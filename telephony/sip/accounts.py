@@ -71,7 +71,7 @@ class TrunkAccount(Account):
             settings.regConfig.dropCallsOnFail = False
             settings.regConfig.registerOnAdd = True
             if self._config.contact_address:
-                suffix = ";transport=tcp" if trunk.transport == "tcp" else ""
+                suffix = "" if trunk.transport == "udp" else f";transport={trunk.transport}"
                 settings.sipConfig.contactForced = f"<sip:{user}@{self._config.contact_address}{suffix}>"
         self._settings = settings
         self.create(settings)

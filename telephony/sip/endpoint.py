@@ -24,7 +24,7 @@ from telephony.sip.gate import Gate, SecurityLog, is_port_free
 from telephony.sip.leg import SipLeg
 from telephony.sip.media_port import MediaPorts, check_frame_copy
 from telephony.sip.outbound import OutboundAttempt
-from telephony.sip.shed import Shedder, pjsip_library
+from telephony.sip.shed import Shedder, openssl_version, pjsip_library
 from telephony.sip.trunk import Neighbours, Route, TrunkRefused, clean, identify, read_invite, routes_of
 from telephony.wire import PlaceCall, SecurityEvent, TrunkChanged
 
@@ -40,6 +40,10 @@ SipError = pj.Error
 _TRANSPORT_TYPES = {
     ("udp", False): pj.PJSIP_TRANSPORT_UDP, ("udp", True): pj.PJSIP_TRANSPORT_UDP6,
     ("tcp", False): pj.PJSIP_TRANSPORT_TCP, ("tcp", True): pj.PJSIP_TRANSPORT_TCP6,
+    ("tls", False): pj.PJSIP_TRANSPORT_TLS, ("tls", True): pj.PJSIP_TRANSPORT_TLS6,
+}  # fmt: skip
+_SRTP = {
+    "off": pj.PJMEDIA_SRTP_DISABLED, "optional": pj.PJMEDIA_SRTP_OPTIONAL, "mandatory": pj.PJMEDIA_SRTP_MANDATORY,
 }  # fmt: skip
 _BURIAL_S = 2.0  # a finished leg is kept so long, so that no callback of the clock thread meets a freed object
 
@@ -67,7 +71,7 @@ class SipEndpoint:
         self._num_shed_told = 0
         self._gate: Gate | None = None
         if packet_filter.IS_AVAILABLE:
-            self._gate = Gate(config.sip_bind, self.sip_port, config.transports, self._security)
+            self._gate = Gate(config.sip_bind, self.sip_port, config.tls_port, config.transports, self._security)
         self._close_gate()
         self._set_codecs()
         playback = self._endpoint.audDevManager().getPlaybackDevMedia()
@@ -114,12 +118,27 @@ class SipEndpoint:
             transport.port = port
             transport.boundAddress = bind
             transport.publicAddress = self.config.public_address
+            if name == "tls":
+                self._secure(transport)
             if packet_filter.IS_AVAILABLE and name == "udp":  # the gate's own socket stands at the same port
                 transport.sockOptParams.sockOpts.append(pj.SockOpt(socket.SOL_SOCKET, packet_filter.SO_REUSEPORT, 1))
             transport_id = self._endpoint.transportCreate(_TRANSPORT_TYPES[name, ":" in bind], transport)
             port = port or int(self._endpoint.transportGetInfo(transport_id).localName.rsplit(":", 1)[1])
         self._endpoint.libStart()
         return port
+
+    def _secure(self, transport: pj.TransportConfig) -> None:
+        config = self.config
+        version = openssl_version()
+        if version.startswith(("0.", "1.0")) and not config.accepts_old_openssl:
+            raise ValueError(
+                f"telephony.transports has tls, but this pjsua2 holds OpenSSL {version}: put a TLS proxy in front "
+                "(docs/telephony.md), or set telephony.accepts_old_openssl"
+            )
+        transport.port = config.tls_port
+        transport.tlsConfig.certFile, transport.tlsConfig.privKeyFile = config.tls_cert_file, config.tls_key_file
+        transport.tlsConfig.proto = pj.PJ_SSL_SOCK_PROTO_TLS1_2
+        transport.tlsConfig.verifyServer = True
 
     def _close_gate(self) -> None:
         """Only who is listed is heard, as the list is now."""
@@ -140,6 +159,8 @@ class SipEndpoint:
         transport.boundAddress = self.config.sip_bind
         transport.publicAddress = self.config.public_address
         transport.port = self.config.rtp_port_first or self._free_rtp_port
+        settings.mediaConfig.srtpUse = _SRTP[self.config.srtp]
+        settings.mediaConfig.srtpSecureSignaling = 0  # the proxy in front may have ended TLS
         settings.callConfig.timerUse = pj.PJSUA_SIP_TIMER_OPTIONAL
         return settings
 

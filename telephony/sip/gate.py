@@ -56,12 +56,11 @@ class SecurityLog:
 class Gate:
     """Owned by the endpoint. `close_to` may be called again when the list has changed."""
 
-    def __init__(self, address: str, port: int, transports: tuple[str, ...], log: SecurityLog) -> None:
+    def __init__(self, address: str, port: int, tls_port: int, transports: tuple[str, ...], log: SecurityLog) -> None:
         self._log = log
         self._udp = packet_filter.find_socket(port, socket.SOCK_DGRAM) if "udp" in transports else -1
-        self._tcp = -1
-        if "tcp" in transports:
-            self._tcp = packet_filter.find_socket(port, socket.SOCK_STREAM, is_listening=True)
+        listening = [number for name, number in (("tcp", port), ("tls", tls_port)) if name in transports]
+        self._tcp = [packet_filter.find_socket(it, socket.SOCK_STREAM, is_listening=True) for it in listening]
         self._trap: socket.socket | None = None
         if self._udp >= 0:
             self._trap = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
@@ -78,8 +77,8 @@ class Gate:
         self._networks = networks
         if self._udp >= 0:
             packet_filter.steer(self._udp, packet_filter.by_source(networks, 0, 1))
-        if self._tcp >= 0:
-            packet_filter.attach(self._tcp, packet_filter.by_source(networks, 0xFFFFFFFF, 0))
+        for fd in self._tcp:
+            packet_filter.attach(fd, packet_filter.by_source(networks, 0xFFFFFFFF, 0))
 
     def poll(self, now_s: float) -> None:
         """Look at what strangers sent."""

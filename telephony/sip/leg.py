@@ -16,7 +16,7 @@ from typing import Any
 import pjsua2 as pj
 
 from telephony.config import TelephonyConfig
-from telephony.dtmf import KEYS, tones
+from telephony.dtmf import KEYS, DtmfDetector, tones
 from telephony.leg import (
     Answer,
     DtmfReceived,
@@ -292,6 +292,12 @@ class SipLeg(pj.Call):
             self._port = self._ports.lend(self.media)
         if self._has_media and not self.media.is_held:
             stream = self.getAudioMedia(-1)
+            listens = self._config.inband_dtmf
+            has_events = self.getStreamInfo(0).audRxEventPt > 0  # RFC 4733 was negotiated
+            if listens == "off" or (listens == "auto" and has_events):
+                self.media.keys = None
+            elif self.media.keys is None:
+                self.media.keys = DtmfDetector(self._config.sample_rate_hz)
             self._port.startTransmit(stream)
             stream.startTransmit(self._port)
 

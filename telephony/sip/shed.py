@@ -14,8 +14,10 @@ pjsua2 has no modules, so ours are registered with the C library underneath, by 
 from __future__ import annotations
 
 import ctypes
-import sys
 from collections.abc import Callable
+from pathlib import Path
+
+import pjsua2 as pj
 
 _FIRST = 12  # priority: after the transport layer (8), before transactions (16) and dialogs (32)
 _LAST = 163  # after every application module (64)
@@ -103,6 +105,23 @@ class Shedder:
 
 
 def pjsip_library() -> ctypes.CDLL:
-    """The C library inside pjsua2's Python module."""
-    module = sys.modules.get("_pjsua2") or sys.modules.get("pjsua2._pjsua2")
-    return ctypes.CDLL(getattr(module, "__file__", None))
+    """The C library inside pjsua2's Python module (loaded already: this is a second handle on it)."""
+    file = _library_file()
+    return ctypes.CDLL(str(file) if file else None)
+
+
+def openssl_version() -> str:
+    """Of the OpenSSL that pjsip was linked with, in its own words ("1.0.2k-fips"); "" when there is none."""
+    library = pjsip_library()
+    for name in ("OpenSSL_version", "SSLeay_version"):  # the second: before 1.1.0
+        if hasattr(library, name):
+            function = getattr(library, name)
+            function.restype = ctypes.c_char_p
+            words = (function(0) or b"").decode().split()
+            return words[1] if len(words) > 1 else ""
+    return ""
+
+
+def _library_file() -> Path | None:
+    """In a package of its own (the wheel) or beside pjsua2.py (pjproject's own build)."""
+    return next(iter(sorted(Path(pj.__file__).parent.glob("_pjsua2*.so"))), None)

@@ -7,6 +7,8 @@ import asyncio
 import contextlib
 import ipaddress
 import socket
+import ssl
+import subprocess
 
 import pytest
 
@@ -16,10 +18,10 @@ from agent.raw_sip_peer import RawPeer, to_tag  # noqa: E402
 from telephony.client import WorkerClient  # noqa: E402
 from telephony.config import TelephonyConfig  # noqa: E402
 from telephony.leg import Answer, LegDisconnected, LegState  # noqa: E402
-from telephony.process import WorkerProcess  # noqa: E402
+from telephony.process import WorkerFailed, WorkerProcess  # noqa: E402
 from telephony.sip import packet_filter  # noqa: E402
 from telephony.sip.gate import SecurityLog  # noqa: E402
-from telephony.sip.shed import TokenBucket  # noqa: E402
+from telephony.sip.shed import TokenBucket, openssl_version  # noqa: E402
 
 STRANGER = "127.0.0.66"
 
@@ -304,6 +306,82 @@ async def test_rtp_that_is_none_harms_no_call(guarded):
             peer.request("BYE", 2, to_tag=to_tag(ok))
             assert (await asyncio.to_thread(peer.final)).startswith("SIP/2.0 200")
             await until(lambda: desk.ended)
+
+
+# ----------------------------------------------------------------- TLS, SRTP
+
+PLAIN = ("0", "a=rtpmap:0 PCMU/8000\r\n")
+CRYPTO = "a=crypto:1 AES_CM_128_HMAC_SHA1_80 inline:WVNfX19zZW1jdGwgKCkgewkyMjA7fQp9CnVubGVz\r\n"
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tls")
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
+         "-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem")],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return folder
+
+
+def secured(folder, **settings):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return TelephonyConfig(**({
+        "sip_port": 0, "transports": ("udp", "tls"), "tls_port": port, "tls_cert_file": str(folder / "cert.pem"),
+        "tls_key_file": str(folder / "key.pem"), "accepts_old_openssl": True, "srtp": "mandatory",
+    } | settings))  # fmt: skip
+
+
+def test_old_openssl_is_not_offered_unless_it_is_accepted(certificate, capfd):
+    if not openssl_version().startswith("1.0"):
+        pytest.skip("this pjsua2 has a newer OpenSSL")
+    with pytest.raises(WorkerFailed):
+        WorkerProcess(secured(certificate, accepts_old_openssl=False))
+    assert "OpenSSL 1.0" in capfd.readouterr().err
+
+
+async def test_tls_answers_and_srtp_is_never_downgraded(certificate):
+    config = secured(certificate)
+    with await asyncio.to_thread(WorkerProcess, config) as worker:
+        async with desk_of(worker) as desk:
+            with raw(worker.address) as peer:
+                peer.invite(PLAIN)
+                assert (await asyncio.to_thread(peer.final)).startswith("SIP/2.0 488")  # RTP/AVP where SRTP is a must
+            with raw(worker.address) as peer:
+                offer = peer.sdp((PLAIN[0], PLAIN[1] + CRYPTO)).replace("RTP/AVP", "RTP/SAVP")
+                peer.request("INVITE", body=offer)
+                ok = await asyncio.to_thread(peer.final)
+                assert ok.startswith("SIP/2.0 200") and "RTP/SAVP" in ok and "a=crypto:1 AES_CM_128_HMAC_SHA1_80" in ok
+                peer.request("ACK", to_tag=to_tag(ok))
+                await until(lambda: desk.legs and desk.legs[-1].state is LegState.CONFIRMED)
+                peer.request("BYE", 2, to_tag=to_tag(ok))
+                await until(lambda: desk.ended)
+            answer = await asyncio.to_thread(tls_options, config.tls_port)
+            assert answer.startswith("SIP/2.0 200")
+
+
+def tls_options(port):
+    """OPTIONS over TLS 1.2, by Python's own OpenSSL."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with socket.create_connection(("127.0.0.1", port), 5) as plain, context.wrap_socket(plain) as wrapped:
+        wrapped.sendall(
+            f"OPTIONS sip:100@127.0.0.1:{port};transport=tls SIP/2.0\r\n"
+            "Via: SIP/2.0/TLS 127.0.0.1:9;branch=z9hG4bK1\r\n"
+            "Max-Forwards: 70\r\nFrom: <sip:raw@127.0.0.1>;tag=1\r\nTo: <sip:100@127.0.0.1>\r\nCall-ID: tls-1\r\n"
+            "CSeq: 1 OPTIONS\r\nContent-Length: 0\r\n\r\n".encode()
+        )
+        return wrapped.recv(4096).decode()
+
+
+async def test_plain_calls_are_plain_when_srtp_is_off(guarded):
+    async with desk_of(guarded):
+        with raw(guarded.address) as peer:
+            peer.request("INVITE", body=peer.sdp((PLAIN[0], PLAIN[1] + CRYPTO)).replace("RTP/AVP", "RTP/SAVP"))
+            assert (await asyncio.to_thread(peer.final)).split()[1] in ("488", "406")
 
 
 # -------------------------------------------------------------------- parts

@@ -1,0 +1,338 @@
+"""What a call goes through between answer and BYE: hold both ways, session timers, UPDATE, keys in three ways, early
+media, transfer targets verbatim. Against a raw SIP peer on loopback; users.md L9, L10, P6, J1, J10."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import time
+
+import numpy as np
+import pytest
+
+pytest.importorskip("pjsua2")
+
+from agent.raw_sip_peer import PCMU, RawPeer, header, to_tag  # noqa: E402
+from telephony.client import WorkerClient  # noqa: E402
+from telephony.config import TelephonyConfig  # noqa: E402
+from telephony.dtmf import DtmfDetector, tones  # noqa: E402
+from telephony.leg import (  # noqa: E402
+    Answer,
+    DtmfReceived,
+    Hold,
+    HoldChanged,
+    LegDisconnected,
+    LegState,
+    LegStateChanged,
+    MediaHealth,
+    Play,
+    Progress,
+    Refer,
+    Unhold,
+)
+from telephony.process import WorkerProcess  # noqa: E402
+
+RATE = 8000
+WITHOUT_EVENTS = ("0", "a=rtpmap:0 PCMU/8000\r\n")
+G722 = ("9 101", "a=rtpmap:9 G722/8000\r\na=rtpmap:101 telephone-event/8000\r\n")
+
+
+@pytest.fixture(scope="module")
+def worker():
+    with WorkerProcess(TelephonyConfig(sip_port=0, rtp_timeout_s=1.5, health_after_s=1.0)) as running:
+        yield running
+
+
+class Call:
+    """A raw peer's call and the agent's side of it."""
+
+    def __init__(self, worker, client):
+        self.client, self.events, self.leg = client, [], None
+        self.peer = RawPeer(worker.address)
+        self.peer.socket.settimeout(6)
+        self.cseq = 10
+        self.tag = ""
+
+    async def ring(self, formats=PCMU, headers=""):
+        self.peer.invite(formats, headers)
+        self.leg = await asyncio.wait_for(anext(self.client.legs()), 6)
+        self.task = asyncio.create_task(self._collect())
+
+    async def _collect(self):
+        async for event in self.leg.events():
+            self.events.append(event)
+
+    async def answer(self):
+        await self.leg.send(Answer(leg_id=self.leg.leg_id))
+        ok = await asyncio.to_thread(self.peer.final)
+        self.tag = to_tag(ok)
+        self.peer.request("ACK", to_tag=self.tag)
+        await self.until(LegStateChanged, state=LegState.CONFIRMED)
+        return ok
+
+    async def request(self, method, body="", headers=""):
+        """In the dialog: the final answer."""
+        self.cseq += 1
+        self.peer.request(method, self.cseq, self.tag, body, headers)
+        answer = await asyncio.to_thread(self.peer.final)
+        if method == "INVITE":
+            self.peer.request("ACK", self.cseq, self.tag)
+        return answer
+
+    def of(self, kind):
+        return [event for event in self.events if isinstance(event, kind)]
+
+    async def until(self, kind, limit_s=8.0, **fields):
+        async with asyncio.timeout(limit_s):
+            while True:
+                for event in self.of(kind):
+                    if all(getattr(event, name) == value for name, value in fields.items()):
+                        return event
+                await asyncio.sleep(0.01)
+
+    async def reinvite_of_ours(self):
+        """Our re-INVITE, answered with the direction that follows from it (RFC 3264 §6.1)."""
+        request = await asyncio.to_thread(self.peer.receive, "INVITE")
+        offered = direction(request)
+        answered = {"sendonly": "recvonly", "sendrecv": "sendrecv"}[offered]
+        self.peer.respond(request, "200 OK", self.peer.sdp((PCMU[0], PCMU[1] + f"a={answered}\r\n")))
+        await asyncio.to_thread(self.peer.receive, "ACK")
+        return offered
+
+    def close(self):
+        self.peer.request("BYE", 99, self.tag)
+        self.peer.close()
+
+
+@contextlib.asynccontextmanager
+async def ringing(worker, formats=PCMU, headers=""):
+    client = await WorkerClient.connect(worker.socket_path)
+    call = Call(worker, client)
+    try:
+        await call.ring(formats, headers)
+        yield call
+    finally:
+        call.close()
+        with contextlib.suppress(TimeoutError):
+            await call.until(LegDisconnected, 4)
+        await client.close()
+
+
+def direction(message):
+    found = re.findall(r"^a=(sendrecv|sendonly|recvonly|inactive)", message, re.MULTILINE)
+    return found[-1] if found else "sendrecv"
+
+
+def packets(peer, for_s):
+    """RTP the peer gets within this time."""
+    got, until_s = [], time.monotonic() + for_s
+    peer.media.settimeout(0.1)
+    while time.monotonic() < until_s:
+        with contextlib.suppress(TimeoutError):
+            got.append(peer.media.recv(2048))
+    return got
+
+
+def mu_law_to_pcm(payload):
+    """From the definition of G.711: inverted, sign, three bits of exponent, four of mantissa."""
+    value = ~np.frombuffer(payload, np.uint8).astype(int) & 0xFF
+    magnitude = (((value & 0x0F) << 3) + 132 << ((value >> 4) & 7)) - 132
+    return np.where(value & 0x80, -magnitude, magnitude).astype("<i2")
+
+
+def pcm_to_mu_law(pcm):
+    samples = np.frombuffer(pcm, "<i2").astype(int)
+    magnitude = np.minimum(np.abs(samples), 32635) + 132
+    exponent = np.floor(np.log2(magnitude)).astype(int) - 7
+    return (
+        (~((samples < 0) * 0x80 | exponent << 4 | (magnitude >> (exponent + 3)) & 0x0F) & 0xFF)
+        .astype(np.uint8)
+        .tobytes()
+    )
+
+
+async def send_rtp(call, ok, pcm):
+    port = int(next(line for line in ok.splitlines() if line.startswith("m=audio")).split()[1])
+    payload = pcm_to_mu_law(pcm)
+    for number in range(len(payload) // 160):
+        head = b"\x80\x00" + number.to_bytes(2, "big") + (160 * number).to_bytes(4, "big") + b"\0\0\0\1"
+        call.peer.media.sendto(head + payload[160 * number : 160 * number + 160], ("127.0.0.1", port))
+        await asyncio.sleep(0.02)
+
+
+# ---------------------------------------------------------------------- hold
+
+
+@pytest.mark.parametrize(
+    ("offered", "answered", "is_held"),
+    [("sendonly", "recvonly", True), ("inactive", "inactive", True), ("recvonly", "sendonly", False)],
+)
+async def test_hold_by_the_party_is_answered_as_rfc_3264_says_and_never_times_out(worker, offered, answered, is_held):
+    async with ringing(worker) as call:
+        await call.answer()
+        held = await call.request("INVITE", call.peer.sdp((PCMU[0], PCMU[1] + f"a={offered}\r\n")))
+        assert held.startswith("SIP/2.0 200") and direction(held) == answered
+        if is_held:
+            assert (await call.until(HoldChanged, is_held=True)).by == "caller"
+        await asyncio.sleep(2.2)  # rtp_timeout_s is 1.5
+        assert not call.of(LegDisconnected)
+        back = await call.request("INVITE", call.peer.sdp())
+        assert direction(back) == "sendrecv"
+        if is_held:
+            await call.until(HoldChanged, is_held=False)
+
+
+async def test_hold_by_us_is_a_reinvite_and_is_taken_back(worker):
+    async with ringing(worker) as call:
+        await call.answer()
+        await call.leg.send(Hold(leg_id=call.leg.leg_id))
+        assert await call.reinvite_of_ours() == "sendonly"
+        assert (await call.until(HoldChanged, is_held=True)).by == "agent"
+        await call.leg.send(Unhold(leg_id=call.leg.leg_id))
+        assert await call.reinvite_of_ours() == "sendrecv"
+        await call.until(HoldChanged, is_held=False)
+
+
+async def test_session_timer_is_agreed_and_update_refreshes_it(worker):
+    """RFC 4028."""
+    async with ringing(worker, headers="Supported: timer\r\nSession-Expires: 120;refresher=uac\r\n") as call:
+        ok = await call.answer()
+        assert header(ok, "Session-Expires").startswith("120")
+        refreshed = await call.request("UPDATE", headers="Supported: timer\r\nSession-Expires: 120;refresher=uac\r\n")
+        assert refreshed.startswith("SIP/2.0 200") and header(refreshed, "Session-Expires").startswith("120")
+
+
+async def test_too_short_a_session_is_refused_with_what_is_allowed(worker):
+    client = await WorkerClient.connect(worker.socket_path)
+    peer = RawPeer(worker.address)
+    peer.socket.settimeout(6)
+    peer.invite(headers="Supported: timer\r\nSession-Expires: 20\r\n")
+    answer = await asyncio.to_thread(peer.final)
+    assert answer.startswith("SIP/2.0 422") and int(header(answer, "Min-SE")) >= 90
+    peer.close()
+    await client.close()
+
+
+# ---------------------------------------------------------------------- keys
+
+
+async def test_keys_by_sip_info_arrive(worker):
+    async with ringing(worker) as call:
+        await call.answer()
+        for body in ("Signal=5\r\nDuration=160\r\n", "Signal= #\r\nDuration= 100\r\n"):
+            answer = await call.request("INFO", body, "Content-Type: application/dtmf-relay\r\n")
+            assert answer.startswith("SIP/2.0 200")
+        await call.until(DtmfReceived, digit="#")
+        assert [event.digit for event in call.of(DtmfReceived)] == ["5", "#"]
+
+
+async def test_keys_as_tones_arrive_where_no_telephone_event_was_offered(worker):
+    async with ringing(worker, WITHOUT_EVENTS) as call:
+        ok = await call.answer()
+        await send_rtp(call, ok, bytes(4000) + tones("12#", RATE) + bytes(4000))
+        await call.until(DtmfReceived, digit="#")
+        assert "".join(event.digit for event in call.of(DtmfReceived)) == "12#"
+
+
+async def test_keys_out_are_events_or_tones_as_the_party_can(worker):
+    async with ringing(worker) as call:
+        await call.answer()
+        await call.leg.send_dtmf("7")
+        events = {packet[12] for packet in await asyncio.to_thread(packets, call.peer, 1.0) if packet[1] & 0x7F == 101}
+        assert events == {7}
+    async with ringing(worker, WITHOUT_EVENTS) as call:
+        await call.answer()
+        await call.leg.send_dtmf("19")
+        sound = b"".join(packet[12:] for packet in await asyncio.to_thread(packets, call.peer, 1.5))
+        assert DtmfDetector(RATE).push(mu_law_to_pcm(sound).tobytes()) == "19"
+
+
+async def test_keys_out_by_info_when_asked(worker):
+    async with ringing(worker) as call:
+        await call.answer()
+        await call.leg.send_dtmf("3", method="info")
+        info = await asyncio.to_thread(call.peer.receive, "INFO")
+        assert header(info, "Content-Type") == "application/dtmf-relay" and "Signal=3" in info
+        call.peer.respond(info, "200 OK")
+
+
+# ---------------------------------------------------------- before the answer
+
+
+async def test_early_media_is_heard_before_the_answer_and_goes_on_after_it(worker):
+    async with ringing(worker) as call:
+        voice = (np.sin(np.arange(4 * RATE) * 0.4) * 8000).astype("<i2").tobytes()
+        leg_id = call.leg.leg_id
+        await call.leg.send(Play(leg_id=leg_id, item_id="early", pcm=voice, sample_rate_hz=RATE, is_final=True))
+        assert not [p for p in await asyncio.to_thread(packets, call.peer, 0.5) if loud(p)]  # 180 only: nothing yet
+        await call.leg.send(Progress(leg_id=leg_id))
+        progress = await asyncio.to_thread(call.peer.receive, "SIP/2.0 183")
+        assert "m=audio" in progress
+        assert len([p for p in await asyncio.to_thread(packets, call.peer, 1.0) if loud(p)]) > 25
+        await call.answer()
+        assert len([p for p in await asyncio.to_thread(packets, call.peer, 1.0) if loud(p)]) > 25
+
+
+def loud(packet):
+    return len(packet) == 172 and np.abs(mu_law_to_pcm(packet[12:])).mean() > 1000
+
+
+async def test_rtp_flows_at_once_after_the_ack_even_with_nothing_to_say(worker):
+    """users.md L10: symmetric RTP of a party behind NAT opens with our first packet."""
+    async with ringing(worker) as call:
+        await call.answer()
+        got = await asyncio.to_thread(packets, call.peer, 1.0)
+        assert len(got) > 30
+
+
+async def test_audio_goes_to_where_the_party_really_sends_from(worker):
+    """Symmetric RTP (RFC 4961): the SDP promised an address that nobody reads."""
+    async with ringing(worker) as call:
+        ok = await call.answer()
+        promised, call.peer.media = call.peer.media, type(call.peer.media)(2, 2)
+        call.peer.media.bind(("127.0.0.1", 0))
+        await send_rtp(call, ok, bytes(2 * RATE))
+        assert len(await asyncio.to_thread(packets, call.peer, 1.0)) > 30
+        promised.close()
+
+
+async def test_verdict_of_a_silent_party_is_one_way_and_of_a_talking_one_ok(worker, tone):
+    async with ringing(worker) as call:
+        ok = await call.answer()
+        await send_rtp(call, ok, tone(2.0))
+        assert (await call.until(MediaHealth)).verdict == "ok"
+    async with ringing(worker) as call:
+        await call.answer()
+        assert (await call.until(MediaHealth)).verdict == "one_way_in_missing"
+
+
+# ------------------------------------------------------------------ transfer
+
+
+@pytest.mark.parametrize("target", ["tel:+390212345", "sip:+390212345@pbx.example;user=phone", "sips:desk@pbx.example"])
+async def test_transfer_target_goes_out_verbatim(worker, target):
+    """users.md J1: tel: must not become sip:."""
+    async with ringing(worker) as call:
+        await call.answer()
+        await call.leg.send(Refer(leg_id=call.leg.leg_id, refer_to=target))
+        refer = await asyncio.to_thread(call.peer.receive, "REFER")
+        assert header(refer, "Refer-To") == f"<{target}>"
+        call.peer.respond(refer, "603 Decline")
+
+
+# ------------------------------------------------------------------- wideband
+
+
+async def test_wideband_is_negotiated_and_makes_the_leg_16_khz():
+    config = TelephonyConfig(sip_port=0, codecs=("G722/16000", "PCMU/8000"))
+    with await asyncio.to_thread(WorkerProcess, config) as wide:
+        async with ringing(wide, G722) as call:
+            ok = await call.answer()
+            assert "G722/8000" in ok  # RFC 3551 §4.5.2: its RTP clock is 8000 while the audio is 16000
+            confirmed = await call.until(LegStateChanged, state=LegState.CONFIRMED)
+            assert (confirmed.codec, call.leg.sample_rate_hz) == ("G722/16000", 16000)
+            voice = (np.sin(np.arange(2 * 16000) * 0.4) * 8000).astype("<i2").tobytes()
+            play = Play(leg_id=call.leg.leg_id, item_id="v", pcm=voice, sample_rate_hz=16000, is_final=True)
+            await call.leg.send(play)
+            assert len(await asyncio.to_thread(packets, call.peer, 1.0)) > 30
