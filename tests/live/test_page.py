@@ -72,6 +72,8 @@ def test_supervisor_reads_a_call_while_it_is_spoken_and_a_display_name_is_only_t
         recorded = call["recording"]
         assert abs(seconds - recorded["num_samples"] / recorded["sample_rate_hz"]) < 0.2
 
+        facts = page.value("document.querySelector('.facts').innerText")
+        assert "first word" in facts and " ms" in facts.partition("first word")[2].splitlines()[1]
         assert page.value("document.querySelector('h2').textContent") == ATTACK
         assert page.value("document.querySelectorAll('main img, main script, #calls img, #calls script').length") == 0
         assert page.value("window.owned") is None

@@ -62,7 +62,7 @@ def call_of_sipp(served: Served, folder: Path, scenario: str, user: str) -> dict
     """Says "i would like to speak to a person" after the greeting, and then what the scenario says."""
     media = play(folder, clip("person"), GREETED_MS)
     options = ("-m", "1", "-recv_timeout", "40000")
-    with sipp(folder, served.address, 8_000, media, options, user, scenario, 100) as process:
+    with sipp(folder, served.address, 6_000, media, options, user, scenario, 100) as process:
         wait_for(lambda: process.poll() is not None, 100, "SIPp has not ended")
         assert process.returncode == 0, errors_of(folder)
     return served.closed_call_of(user)

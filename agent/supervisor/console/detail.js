@@ -9,6 +9,15 @@ const LATENCIES = {
   stop_ms: "stopped after",
 };
 
+function nameOf(metric) {
+  return LATENCIES[metric] || metric.replace(/_ms$/, "").replaceAll("_", " ");
+}
+
+// The unit is the end of the name: ("duck_ms", 48.5) -> "49 ms"; a count has none.
+function figureOf(metric, value) {
+  return metric.endsWith("_ms") ? `${Math.round(value)} ms` : String(Math.round(value));
+}
+
 export function detailOf({ onSeek, loadEvents, actions = [] }) {
   const controls = el("div", { class: "actions" }, actions);
   const heading = el("div", { class: "heading" });
@@ -140,7 +149,7 @@ function marksOf(turn, rate) {
   }
   if (turn.source === "keypad") marks.push(el("span", {}, "by keypad"));
   for (const [name, value] of Object.entries(turn.metrics)) {
-    marks.push(el("span", {}, `${LATENCIES[name] || name.replace(/_ms$/, "").replaceAll("_", " ")} ${Math.round(value)} ms`));
+    marks.push(el("span", {}, `${nameOf(name)} ${figureOf(name, value)}`));
   }
   if (turn.intent) marks.push(el("span", {}, turn.intent.replaceAll("_", " ")));
   if (turn.role === "caller" && turn.confidence !== null) {
@@ -185,7 +194,7 @@ function factsOf(call) {
     ...fact("Recording", `${call.recording_policy.replaceAll("_", " ")}${notice}`),
     ...fact("Checkpoint", call.checkpoint),
     ...fact("Bridges", call.bridges === null ? "" : call.bridges.length ? call.bridges.join(", ") : "none"),
-    ...ofCall.flatMap((metric) => fact(LATENCIES[metric.name] || metric.name.replaceAll("_", " "), String(Math.round(metric.value)))),
+    ...ofCall.flatMap((metric) => fact(nameOf(metric.name), figureOf(metric.name, metric.value))),
     ...fact("Manner of speaking", manner),
     ...fact("Instruction to the model", style.instruction),
     ...fact("Why", reasons, true),
