@@ -224,10 +224,10 @@ def db_export(
     config: ConfigFile = None,
 ) -> None:
     """Calls as a file for other programs, newest first. Written to the audit like an export from the page."""
-    from storage.export import CallFilter
+    from storage.export import WRITERS, CallFilter
 
-    if kind not in show.EXPORTS:
-        fail(f"--format {kind}: must be {' or '.join(show.EXPORTS)}")
+    if kind not in WRITERS:
+        fail(f"--format {kind}: must be {' or '.join(WRITERS)}")
     zoned = [at.replace(tzinfo=UTC) if at is not None and at.tzinfo is None else at for at in (since, until)]
     wanted = CallFilter(text=text, campaign=campaign_name, since=zoned[0], until=zoned[1])
     pieces = show.export(

@@ -13,7 +13,7 @@ import datetime as dt
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +75,9 @@ def as_csv(reader: CallReader, wanted: CallFilter) -> Iterator[str]:
         yield _taken(out)
         writer.writerow([_cell(value) for value in _row(call)])
     yield _taken(out)
+
+
+WRITERS: dict[str, Callable[[CallReader, CallFilter], Iterator[str]]] = {"csv": as_csv, "json": as_json}
 
 
 def _row(call: dict[str, Any]) -> list[Any]:

@@ -15,13 +15,11 @@ from typing import Any
 
 from storage.audit import append_audit, verify_audit
 from storage.config import StorageConfig
-from storage.export import CallFilter, as_csv, as_json
+from storage.export import WRITERS, CallFilter
 from storage.orders import list_orders, seed_demo_shop
 from storage.recordings import RecordingReader
 from storage.search import CallReader
 from storage.tables import metadata
-
-EXPORTS = {"csv": as_csv, "json": as_json}
 
 
 @contextmanager
@@ -77,13 +75,11 @@ def open_recording(config: StorageConfig, call_id: str) -> RecordingReader | Non
         return reader.open_recording(call_id)
 
 
-def export(
-    config: StorageConfig, kind: str, wanted: CallFilter, *, actor: str, now: dt.datetime
-) -> Iterator[str]:  # fmt: skip
+def export(config: StorageConfig, kind: str, wanted: CallFilter, *, actor: str, now: dt.datetime) -> Iterator[str]:
     """Pieces of text in the format `kind`; who took them away is in the audit before the first one."""
     with _reading(config) as reader:
         append_audit(reader.engine, actor, "export", now=now, format=kind, campaign=wanted.campaign, text=wanted.text)
-        yield from EXPORTS[kind](reader, wanted)
+        yield from WRITERS[kind](reader, wanted)
 
 
 def verify(config: StorageConfig) -> dict[str, Any]:

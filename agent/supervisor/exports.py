@@ -12,11 +12,10 @@ from fastapi.responses import Response, StreamingResponse
 from agent.supervisor.auth import Right
 from agent.supervisor.rights import person_with
 from storage.audit import append_audit
-from storage.export import CallFilter, as_csv, as_json
+from storage.export import WRITERS, CallFilter
 from storage.search import CallReader
 
 MEDIA_TYPES = {"csv": "text/csv; charset=utf-8", "json": "application/json"}
-WRITERS = {"csv": as_csv, "json": as_json}
 
 
 def add_exports(app: FastAPI, reader: CallReader, clock: Callable[[], dt.datetime]) -> None:
