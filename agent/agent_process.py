@@ -26,7 +26,7 @@ from agent.engine_link import EngineLink
 from agent.events import ShutDown
 from agent.prompts.lines import LineBook
 from agent.reception import Reception
-from agent.run_folder import ENGINE_SOCKET, MEDIA_SOCKET, MONITOR_SOCKET, browser_socket, read_settings
+from agent.run_folder import ENGINE_SOCKET, MONITOR_SOCKET, browser_socket, media_socket, read_settings
 from policies.engine import PolicyEngine
 from storage.calls import CallStore
 from telephony.client import WorkerClient, WorkerLost
@@ -40,7 +40,8 @@ _PARENT_POLL_S = 0.5
 
 
 class AgentProcess:
-    def __init__(self, config: Config, run_folder: Path) -> None:
+    def __init__(self, config: Config, run_folder: Path, num_workers: int = 1) -> None:
+        self._num_workers = num_workers  # SIP media workers
         self.config, self.run_folder = config, run_folder
         self.store = CallStore(config.storage)
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="agent-writer")
@@ -105,7 +106,9 @@ class AgentProcess:
 
     async def _serve_workers(self, group: asyncio.TaskGroup) -> None:
         await self.engines.runtime()  # a call that nobody can answer is not taken
-        group.create_task(self._serve_worker(group, MEDIA_SOCKET, self.config.telephony, is_main=True))
+        for index in range(self._num_workers):
+            work = self._serve_worker(group, media_socket(index), self.config.telephony, is_main=index == 0)
+            group.create_task(work, name=f"agent/worker-{index}")
         for index in range(self.config.webrtc.num_workers):
             work = self._serve_worker(group, browser_socket(index), media_config(self.config.telephony))
             group.create_task(work, name=f"agent/browser-{index}")
@@ -125,6 +128,7 @@ class AgentProcess:
                 is_first = False
                 group.create_task(self._close_orphans(), name="agent/orphans")
                 print(json.dumps({"ready": True, "sip_port": client.hello.sip_port}), flush=True)
+            client.on_security_event = lambda event: log.warning("security: %s", event)
             try:
                 async for leg in client.legs():
                     group.create_task(self.reception.guard(leg), name=f"agent/leg-{leg.leg_id}")
@@ -159,12 +163,13 @@ def main() -> None:
     parser.add_argument("--settings", type=Path, required=True)
     parser.add_argument("--run-folder", type=Path, required=True)
     parser.add_argument("--parent-pid", type=int, required=True)
+    parser.add_argument("--num-workers", type=int, default=1)
     arguments = parser.parse_args()
     config = read_settings(arguments.settings)
     logging.basicConfig(level=config.agent.log_level.upper(), format="%(asctime)s agent %(levelname)s %(message)s")
 
     async def run() -> None:
-        await AgentProcess(config, arguments.run_folder).run(arguments.parent_pid)
+        await AgentProcess(config, arguments.run_folder, arguments.num_workers).run(arguments.parent_pid)
 
     asyncio.run(run())
 

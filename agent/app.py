@@ -16,6 +16,7 @@ import dataclasses
 import importlib.util
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -32,9 +33,9 @@ from agent.processes import Child, ChildFailed, ChildSpec
 from agent.prompts.lines import LineBook
 from agent.run_folder import (
     ENGINE_SOCKET,
-    MEDIA_SOCKET,
     browser_socket,
     make_run_folder,
+    media_socket,
     offer_socket,
     write_settings,
 )
@@ -69,6 +70,7 @@ class Stack:
         self._owns_folder = not config.agent.run_folder
         self.settings = write_settings(self.config, self.run_folder)
         self.children: dict[str, Child] = {}
+        self.num_sip_workers = 1
         self.failed: asyncio.Future[None] | None = None
         self._keepers: list[asyncio.Task[None]] = []
 
@@ -81,7 +83,8 @@ class Stack:
             if self._has_web:
                 self._begin("web", self._web_spec())
             apology = await self._rendered_lines()
-            self._begin("worker", self._worker_spec(apology))
+            self._begin("worker", self._worker_spec(apology, 0))
+            await self._start_pool(apology)
             for index in range(self.config.webrtc.num_workers):
                 self._begin(f"browser-{index}", self._browser_spec(index, apology))
             self._begin("agent", self._agent_spec())
@@ -190,16 +193,35 @@ class Stack:
         )  # fmt: skip
         return ChildSpec(f"browser-{index}", command, is_ready=_is_ready_json)
 
-    def _worker_spec(self, apology: Path) -> ChildSpec:
+    async def _start_pool(self, apology: Path) -> None:
+        """As many more SIP workers as `pool_calls` needs, by what the first says that its pjsua2 holds."""
+        if not self.config.telephony.pool_calls:
+            return
+        first = self.children["worker"]
+        waiting = asyncio.ensure_future(first.ready.wait())
+        await self._or_failed(waiting, READY_WITHIN_S, "the first media worker is not ready")
+        held = int(json.loads(first.ready_line)["max_calls"])
+        self.num_sip_workers = math.ceil(self.config.telephony.pool_calls / held)
+        for index in range(1, self.num_sip_workers):
+            self._begin(f"worker-{index}", self._worker_spec(apology, index))
+
+    def _worker_spec(self, apology: Path, index: int) -> ChildSpec:
         telephony = self._telephony(apology)
+        telephony["sip_port"] += index
+        telephony["is_registrar"] = telephony["is_registrar"] and index == 0  # exactly one (RFC 3261 §10)
+        if telephony["rtp_port_first"]:
+            telephony["rtp_port_first"] += index * 2 * (self.config.telephony.max_calls + 1)
         command = (
-            "-m", "telephony.worker", "--socket", str(self.run_folder / MEDIA_SOCKET),
+            "-m", "telephony.worker", "--socket", str(self.run_folder / media_socket(index)),
             "--config", json.dumps(telephony), "--parent-pid", str(os.getpid()),
         )  # fmt: skip
-        return ChildSpec("worker", command, is_ready=_is_ready_json)
+        return ChildSpec(f"worker-{index}" if index else "worker", command, is_ready=_is_ready_json)
 
     def _agent_spec(self) -> ChildSpec:
-        return ChildSpec("agent", ("-m", "agent.agent_process", *self._role_options()), is_ready=_is_ready_json)
+        workers = ("--num-workers", str(self.num_sip_workers))
+        return ChildSpec(
+            "agent", ("-m", "agent.agent_process", *self._role_options(), *workers), is_ready=_is_ready_json
+        )
 
     def _web_spec(self) -> ChildSpec:
         new_token = ("--new-token",) if self._is_new_token_wanted else ()
@@ -222,7 +244,7 @@ class Stack:
                 await child.ended()
 
     def _media_workers(self) -> tuple[str, ...]:
-        return ("worker", *(name for name in self.children if name.startswith("browser-")))
+        return tuple(name for name in self.children if name.split("-")[0] in ("worker", "browser"))
 
     async def stop(self) -> None:
         """Agent first (it says goodbye and closes the rows), then the worker (BYE to whoever is left), then the rest:

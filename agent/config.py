@@ -86,10 +86,10 @@ class Config:
     storage: StorageConfig = field(default_factory=StorageConfig)
 
     def __post_init__(self) -> None:
-        if self.runtime.max_streams < self.telephony.max_calls:
+        if self.runtime.max_streams < self.telephony.total_calls:
             raise ConfigError(
                 f"runtime.max_streams = {self.runtime.max_streams}: "
-                f"must be at least telephony.max_calls ({self.telephony.max_calls})"
+                f"must be at least the calls at once of telephony ({self.telephony.total_calls})"
             )
 
 

@@ -73,7 +73,15 @@ class Reception:
             return
         if leg.is_resumed or (incoming := await _first_invite(leg)) is None:
             return  # over before we looked, or nothing is known of it
-        facts = CallFacts(call_id=call_id, did=incoming.did, ani=incoming.ani, started_at=utc_now())
+        facts = CallFacts(
+            call_id=call_id,
+            did=incoming.did,
+            ani=incoming.ani,
+            started_at=utc_now(),
+            trunk=incoming.trunk,
+            is_number_withheld=incoming.is_withheld,
+            headers={name: value for name, value in incoming.headers.items() if name.lower().startswith("x-")},
+        )
         admission = self.policy.admit(facts, len(self.calls), self.config.runtime.max_streams)
         campaign = self.policy.campaign_for(incoming.did)
         if self.is_closing:

@@ -19,6 +19,11 @@ ENGINE_SOCKET, MEDIA_SOCKET, SETTINGS_FILE = "engine.sock", "media.sock", "setti
 MONITOR_SOCKET = "monitor.sock"
 
 
+def media_socket(index: int) -> str:
+    """Where the agent meets the SIP worker of this number; the first is MEDIA_SOCKET."""
+    return f"media-{index}.sock" if index else MEDIA_SOCKET
+
+
 def browser_socket(index: int) -> str:
     """Where the agent meets the browser worker of this number."""
     return f"browser-{index}.sock"
