@@ -32,6 +32,7 @@ from minmo_runtime import api
 from minmo_runtime.fake import FakeLine, FakeRule, FakeScript, FakeStream
 from policies.campaign import Campaign
 from policies.config import PoliciesConfig
+from policies.duplex_manner import DuplexManner
 from policies.engine import PolicyEngine
 from policies.facts import CallFacts
 from policies.persona import Persona
@@ -75,11 +76,12 @@ def tone(seconds: float, hz: float = 220.0) -> bytes:
     ).tobytes()  # fmt: skip
 
 
-def policy(handoff_uri: str = "") -> PolicyEngine:
+def policy(handoff_uri: str = "", manner: DuplexManner | None = None) -> PolicyEngine:
     style = StyleRules(languages=("en",), dialect="us", emotion="calm", rate="normal")
     campaign = Campaign(
-        dids=("100",), shop="acme", persona=Persona(name="anna"), style=style, tools=TOOLS, order_digits=5, name="acme"
-    )
+        dids=("100",), shop="acme", persona=Persona(name="anna"), style=style, tools=TOOLS, order_digits=5, name="acme",
+        duplex=manner or DuplexManner(),
+    )  # fmt: skip
     return PolicyEngine(PoliciesConfig(), (campaign,), (), handoff_uri)
 
 
@@ -93,6 +95,7 @@ class Scene:
         *lines: FakeLine,
         handoff_uri: str = "",
         config: TurnTakingConfig | None = None,
+        manner: DuplexManner | None = None,
         is_rendered: bool = True,
         **script: Any,
     ) -> None:
@@ -102,7 +105,7 @@ class Scene:
         rendered = {text: _speech(len(text.split()) * 0.3) for text in every} if is_rendered else {}
         facts = CallFacts(call_id="c1", did="100", started_at=dt.datetime(2026, 1, 5, tzinfo=dt.UTC))
         setup = CallSetup(
-            call_id="c1", leg_id="l1", sample_rate_hz=RATE_HZ, facts=facts, policy=policy(handoff_uri),
+            call_id="c1", leg_id="l1", sample_rate_hz=RATE_HZ, facts=facts, policy=policy(handoff_uri, manner),
             lines=book.for_call({}), order_digits=5, tools=TOOLS, turn_taking=config or TurnTakingConfig(),
             rendered=rendered,
         )  # fmt: skip
