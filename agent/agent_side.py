@@ -124,7 +124,7 @@ class AgentSide:
         self.context.add(*self.transcript.agent_audible(turn_id, self.context.sample))
         if self.purposes[turn_id] != "filler":
             is_reply = self.purposes[turn_id] == "reply"
-            self.context.add(*self.caller.end_turn(self.context.pushed_16k, is_answered=is_reply))
+            self.caller.end_turn(is_answered=is_reply)
 
     # -------------------------------------------------------------- what is cut
 

@@ -29,7 +29,6 @@ from agent.agent_turns import State
 from agent.call_context import CallContext
 from agent.call_setup import CallSetup
 from agent.caller_side import CallerSide
-from agent.caller_words import count_trailing_digits
 from agent.escalation import Escalation
 from agent.events import CallAction, CallEvent
 from agent.keypad import Keypad, Outcome
@@ -43,7 +42,6 @@ from agent.translate import predicted
 from agent.turn_taking import TurnTaking
 from minmo_runtime import api
 from telephony import leg as tel
-from telephony.resample import StreamResampler
 
 
 class Call:
@@ -55,8 +53,8 @@ class Call:
         self.context = CallContext(setup.call_id, setup.leg_id)
         self.turns = TurnTaking(setup.floor_rules(), slot_digits=setup.order_digits)
         self.transcript = Transcript()
-        self.caller = CallerSide(self.transcript, setup.sample_rate_hz)
-        self.runtime = RuntimeSide(self.context, setup.seed, setup.order_digits, setup.rendered_rate_hz)
+        self.caller = CallerSide(self.context, self.transcript, setup.sample_rate_hz)
+        self.runtime = RuntimeSide.of(setup, self.context)
         self.book = PlayoutBook(setup.sample_rate_hz)
         self.agent = AgentSide(
             setup, self.context, self.runtime, self.transcript, self.caller, self.book, self.turns.may_duck
@@ -66,7 +64,6 @@ class Call:
         self.escalation = Escalation(self.context, setup.policy, setup.facts, setup.min_confidence)
         frame = CallFrame(setup.order_digits, setup.facts.started_at.weekday())
         self.desk = ToolDesk(setup.call_id, setup.tools, frame)
-        self._to_16k = StreamResampler(setup.sample_rate_hz, api.INPUT_SAMPLE_RATE_HZ)
         self._typed = ""  # a number typed on the keypad, not answered yet
         self._is_confirmed = self._is_over = False
         self._disposition, self._cause = "completed", ""
@@ -215,21 +212,15 @@ class Call:
     def _on_audio(self, event: tel.AudioFrame, now: float) -> None:
         num_samples = len(event.pcm) // 2
         self.context.sample = event.start_sample + num_samples
-        self.runtime.push(self._to_16k.push(event.pcm), is_voiced=event.voiced)
+        self.runtime.push(event.pcm, is_voiced=event.voiced)
         rate_hz = event.sample_rate_hz
         self._floor(floor.CallerAudio(event.voiced, num_samples / rate_hz, self.context.sample / rate_hz), now)
         self._watch_playout(now)
 
     def _on_caption(self, event: api.Caption, now: float) -> None:
-        words = self.caller.words
-        is_open = words.hear(event)
-        if is_open:
-            self._floor(floor.CallerWords(words.text, words.confidence, count_trailing_digits(words.text)), now)
-        if event.is_final:
-            confidence = round(event.confidence, 3)
-            self.context.journal("caption", text=event.text, confidence=confidence, during_reply=event.during_reply)
-            if is_open and self.caller.turn_id and self.turns.state is State.THINKING:
-                self.context.add(*self.caller.correct_turn())
+        words = self.caller.on_caption(event, is_thinking=self.turns.state is State.THINKING)
+        if words is not None:
+            self._floor(words, now)
 
     def _on_key(self, digit: str, now: float) -> None:
         self.context.journal("key", digit=digit)
@@ -314,8 +305,9 @@ class Call:
     def _take_floor(self, action: floor.TakeFloor, now: float) -> None:
         text = self._typed or self.runtime.owed_text
         purpose = action.purpose
-        if purpose == "reply" and not text:
-            purpose = self._how_to_answer(action)
+        if purpose == "reply" and not text:  # the model answers if the caller was understood, else policies decide
+            said = self.caller.close_turn(action.caller_words)
+            purpose = self.escalation.line_for(said, self.caller.words.confidence)
         self.agent.purposes[action.turn_id] = purpose
         if action.how:
             self.context.journal("end_of_turn", how=action.how, turn_id=action.turn_id, sample=self.context.sample)
@@ -325,18 +317,9 @@ class Call:
             self.agent.say_line(action.turn_id, purpose, now)
             return
         if self._typed:
-            self.context.add(*self.caller.keep_turn(text, source="keypad"))
+            self.caller.keep_turn(text, source="keypad")
         self._typed = ""
         self.runtime.start_reply(action.turn_id, text, self.caller.words.text)
-
-    def _how_to_answer(self, action: floor.TakeFloor) -> str:
-        """Keeps what the caller said; the model answers it if it was understood, else the policy says what happens."""
-        text = self.caller.words.text or action.caller_words
-        if self.caller.turn_id:
-            self.context.add(*self.caller.correct_turn())
-        elif text:
-            self.context.add(*self.caller.keep_turn(text))
-        return self.escalation.line_for(text, self.caller.words.confidence)
 
     def _cut(self, turn_id: str, reason: str) -> None:
         self._carry(self.desk.cut(turn_id))
@@ -348,8 +331,8 @@ class Call:
         self.context.keep_figures(self.wire.resumed())
         self.runtime.ask(api.DiscardOverlap(call_id=self.call_id))
         if action.words:
-            self.context.add(*self.caller.keep_turn(action.words, intent=action.why))
-        self.caller.words.begin_turn(self.context.pushed_16k)
+            self.caller.keep_turn(action.words, intent=action.why)
+        self.caller.begin_turn()
 
     # ================================================================= tools, person
 

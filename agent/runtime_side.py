@@ -10,8 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from agent.call_context import CallContext
+from agent.call_setup import CallSetup
 from agent.events import ReopenRuntime
 from minmo_runtime import api
+from telephony.resample import StreamResampler
 
 History = tuple[tuple[str, str], ...]
 
@@ -22,6 +24,7 @@ class RuntimeSide:
     seed: int
     slot_digits: int
     output_rate_hz: int
+    to_16k: StreamResampler
     earlier: History = ()  # said to an agent process that died
     is_up: bool = False
     was_opened: bool = False
@@ -30,6 +33,11 @@ class RuntimeSide:
     must_apologise: bool = False  # it died in the middle of an answer
     is_held: bool = False
     _held: list[api.RuntimeRequest] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, setup: CallSetup, context: CallContext) -> RuntimeSide:
+        to_16k = StreamResampler(setup.sample_rate_hz, api.INPUT_SAMPLE_RATE_HZ)
+        return cls(context, setup.seed, setup.order_digits, setup.rendered_rate_hz, to_16k)
 
     # ------------------------------------------------------------------ its life
 
@@ -73,8 +81,9 @@ class RuntimeSide:
         else:
             self.context.add(request)
 
-    def push(self, pcm_16k: bytes, *, is_voiced: bool) -> None:
-        """The caller's audio; it never waits."""
+    def push(self, pcm: bytes, *, is_voiced: bool) -> None:
+        """The caller's audio at the leg's rate; it never waits."""
+        pcm_16k = self.to_16k.push(pcm)
         if self.is_up and pcm_16k:
             start = self.context.pushed_16k
             request = api.PushAudio(call_id=self.context.call_id, pcm=pcm_16k, start_sample=start, voiced=is_voiced)
