@@ -76,12 +76,14 @@ class Result:
     def is_held(self) -> bool:
         return self.percentile(95) <= HELD_P95_MS and self.num_gaps <= 0.01 * self.num_replies and not self.num_failed
 
-    def row(self) -> dict[str, float | int | bool]:
+    def row(self) -> dict[str, float | int | bool | None]:
+        """For JSON: None where nothing was said in time."""
+        has_any = bool(self.first_audio_ms)
         return {
             "calls": self.num_calls,
             "replies": len(self.first_audio_ms),
-            "p50_ms": round(self.percentile(50), 1),
-            "p95_ms": round(self.percentile(95), 1),
+            "p50_ms": round(self.percentile(50), 1) if has_any else None,
+            "p95_ms": round(self.percentile(95), 1) if has_any else None,
             "gaps": self.num_gaps,
             "failed": self.num_failed,
             "mb_per_call": round(self.bytes_per_call / 1e6, 1),
@@ -115,7 +117,7 @@ class Bench:
     ) -> None:
         self.engine = Engine(checkpoint, config)
         self.clock = clock
-        self.hears = bool(checkpoint.modules.encoder.dims.chunk_frames)  # a full-context encoder is a row of its own
+        self.hears = self.engine.runner.chunk_fbank_frames > 0
         self.noise = (np.random.default_rng(0).normal(0, 2000, INPUT_SAMPLE_RATE_HZ)).astype("<i2")
         self.callers: dict[str, Caller] = {}
         self.result = Result(config.max_streams)
@@ -222,7 +224,7 @@ def table(results: list[Result]) -> str:
     for result in results:
         row = result.row()
         lines.append(
-            f"{row['calls']:>6}{row['replies']:>9}{row['p50_ms']:>10}{row['p95_ms']:>10}{row['gaps']:>6}"
+            f"{row['calls']:>6}{row['replies']:>9}{row['p50_ms'] or '-':>10}{row['p95_ms'] or '-':>10}{row['gaps']:>6}"
             f"{row['failed']:>8}{row['mb_per_call']:>9}  {'yes' if row['held'] else 'no'}"
         )
     held = [result.num_calls for result in results if result.is_held]

@@ -2,8 +2,10 @@
 
 Real-time factor = compute time / audio time (lower is better), per module and in sum, for 1, 2 and 4 calls that
 listen and speak all the time; first audio after the decision to speak; the longest job. Medians of 5, CPU time of the
-engine's thread with wall time beside it, the machine and its load named. The last line is JSON. Without a checkpoint:
-random weights at nano's sizes, which cost the same and say nothing (no quality is claimed).
+engine's thread with wall time beside it, the machine and its load named; then calls in real time (calls.py). The last
+line is JSON. Without a checkpoint: random weights at nano's sizes, which cost the same and say nothing (no quality is
+claimed). `--profile NAME --random-weights` takes a profile's sizes: on a GPU the whole table of bench/gpu, on a CPU the
+same as above for a small one, and a large one's modules alone (parents.py).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +33,21 @@ from minmo_runtime.api import (
     ToolCallRequested,
     ToolResult,
 )
+from minmo_runtime.bench.calls import measure_calls
+from minmo_runtime.bench.calls import table as calls_table
+from minmo_runtime.bench.gpu.__main__ import main as gpu_main
 from minmo_runtime.bench.modules import prefill_ms, real_time_factors
+from minmo_runtime.bench.parents import main as parents_main
+from minmo_runtime.bench.random_weights import random_checkpoint_of
 from minmo_runtime.config import RuntimeConfig
 from minmo_runtime.engine import Engine
+from minmo_runtime.profiles import profile_folder, read_profile
 from minmo_runtime.random_checkpoint import NANO, write_random_checkpoint
 from minmo_runtime.weights import Checkpoint, load_checkpoint
 
 REPEATS = 5
 CALLS = (1, 2, 4)
+_LARGEST_ON_CPU = 512 * 8  # LLM width times layers; Qwen2.5-0.5B has 896 * 24
 SENTENCE = "your order was shipped. it will arrive on wednesday. can i help you with anything else?"
 QUESTION = "where is my order 45612"
 SYSTEM = "you are mia at the garden shop. speak in a friendly voice at a normal pace. order numbers have 5 digits."
@@ -152,15 +161,44 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def _is_small(contents: Mapping[str, Any]) -> bool:
+    """Whether a CPU can run whole calls: the sizes say so, whatever the name."""
+    return contents["llm"]["hidden_size"] * contents["llm"]["num_hidden_layers"] <= _LARGEST_ON_CPU
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Real-time factors and first audio of the engine")
+    parser = argparse.ArgumentParser(description="Real-time factors, first audio and calls held by the engine")
     parser.add_argument("--checkpoint", type=Path, help="checkpoint folder; default: random weights at nano's sizes")
-    parser.add_argument("--calls", type=int, nargs="*", default=list(CALLS))
+    parser.add_argument("--profile", help="a profile's name instead")
+    parser.add_argument("--random-weights", action="store_true", help="only the profile's sizes: nothing is loaded")
+    parser.add_argument("--calls", type=_numbers, default=list(CALLS), help="numbers of calls, with commas")
+    parser.add_argument("--seconds", type=float, default=20.0, help="real time for each number of calls; 0 = none")
     arguments = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as folder:
-        chosen = arguments.checkpoint or write_random_checkpoint(folder, dims=NANO)
-        result = measure(load_checkpoint(chosen), arguments.calls)
+    checkpoint: Checkpoint
+    if arguments.profile and arguments.random_weights:
+        contents = read_profile(profile_folder(arguments.profile))
+        if torch.cuda.is_available():
+            calls_text = ",".join(map(str, arguments.calls))
+            return gpu_main(["--profile", arguments.profile, "--calls", calls_text])
+        if not _is_small(contents):
+            print(f"{arguments.profile}: no GPU here; its modules alone, one at a time")
+            return parents_main(["--profile", arguments.profile])
+        checkpoint = random_checkpoint_of(contents, torch.device("cpu"), torch.float32)
+    elif arguments.profile:
+        checkpoint = load_checkpoint(profile_folder(arguments.profile))
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = load_checkpoint(arguments.checkpoint or write_random_checkpoint(folder, dims=NANO))
+    result = measure(checkpoint, arguments.calls)
     print(table(result))
+    if arguments.seconds > 0:
+        results = measure_calls(checkpoint, arguments.calls, "cpu", "float32", arguments.seconds, arguments.seconds / 5)
+        result["calls"] = [one.row() for one in results]
+        print(calls_table(results))
     print(json.dumps(result))
     return 0
 

@@ -40,7 +40,7 @@ def real_time_factors(
     clock = _device_time if is_gpu else time.thread_time
     jobs: dict[str, Callable[[], None]] = {
         "features": lambda: _features(rows),
-        **({"encoder": lambda: _encoder(runner, rows)} if runner.chunk_fbank_frames else {}),
+        "encoder": lambda: (_encoder if runner.hearing.encoder.dims.chunk_frames else _whole_encoder)(runner, rows),
         "llm": lambda: _llm(runner, rows),
         "voice_lm": lambda: _voice_lm(runner, rows),
         "flow": lambda: _flow(runner, rows),
@@ -97,6 +97,17 @@ def _encoder(runner: Runner, rows: int) -> None:
         hidden, state = encoder.forward_chunk(chunk, EncoderState.stack(states))
         encoder.ctc_log_probs(hidden)
         states = [state.row(row) for row in range(rows)]
+
+
+def _whole_encoder(runner: Runner, rows: int) -> None:
+    """A full-context encoder: all of the segment again every time it has grown by as much as serving waits for."""
+    hearing, dims = runner.hearing, runner.hearing.encoder.dims
+    step = runner.checkpoint.rates.encoder_chunk_frames
+    num_frames = round(SECONDS * features.SAMPLE_RATE_HZ / runner.checkpoint.rates.encoder_frame_samples)
+    frames = torch.zeros(rows, num_frames, dims.num_mel_bins * dims.lfr_m, device=hearing.device, dtype=hearing.dtype)
+    queries = torch.zeros(rows, 4, dtype=torch.long)
+    for end in range(step, num_frames + 1, step):
+        hearing.encoder.ctc_log_probs(hearing.encoder(frames[:, :end], queries=queries))
 
 
 def _llm(runner: Runner, rows: int) -> None:

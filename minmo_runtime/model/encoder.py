@@ -201,18 +201,19 @@ class SanmEncoder(nn.Module):
         """Blocks before `after_norm`, in order."""
         return [*self.encoders0, *self.encoders]  # type: ignore[list-item]
 
-    def attention_mask(self, length: int, lengths: Tensor | None) -> Tensor | None:
+    def attention_mask(self, length: int, lengths: Tensor | None, device: torch.device | None = None) -> Tensor | None:
         """[B or 1, 1, T, T]: own chunk and `left_context_frames` before it; padding is never attended."""
         mask = None
+        index = torch.arange(length, device=device)
         if self.dims.chunk_frames:
-            chunk = torch.arange(length) // self.dims.chunk_frames
+            chunk = index // self.dims.chunk_frames
             start = chunk.unsqueeze(1) * self.dims.chunk_frames - self.dims.left_context_frames
-            mask = (chunk.unsqueeze(0) <= chunk.unsqueeze(1)) & (torch.arange(length).unsqueeze(0) >= start)
+            mask = (chunk.unsqueeze(0) <= chunk.unsqueeze(1)) & (index.unsqueeze(0) >= start)
             mask = mask[None, None]
         if lengths is not None:
-            exists = (torch.arange(length) < lengths.unsqueeze(1))[:, None, None, :]
+            exists = (index < lengths.unsqueeze(1))[:, None, None, :]
             # A padded query keeps itself as a key: an all-masked row would give NaN.
-            exists = exists | torch.eye(length, dtype=torch.bool)[None, None]
+            exists = exists | torch.eye(length, dtype=torch.bool, device=device)[None, None]
             mask = exists if mask is None else mask & exists
         return mask
 
@@ -220,13 +221,15 @@ class SanmEncoder(nn.Module):
         """Front end of the stack: convolution, or SenseVoice's scale and sinusoid positions."""
         if self.front is not None:
             return self.front(x)
-        return x * math.sqrt(self.dims.output_size) + sinusoid(x.shape[1], x.shape[2])
+        return x * math.sqrt(self.dims.output_size) + sinusoid(x.shape[1], x.shape[2]).to(x)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Features [B, F or T, D_in] -> hidden [B, T, D]. `lengths` [B] in encoder frames."""
         x = self.embed(x)
-        mask = self.attention_mask(x.shape[1], lengths)
-        valid = None if lengths is None else (torch.arange(x.shape[1]) < lengths.unsqueeze(1)).unsqueeze(2).to(x.dtype)
+        lengths = None if lengths is None else lengths.to(x.device)
+        mask = self.attention_mask(x.shape[1], lengths, x.device)
+        steps = torch.arange(x.shape[1], device=x.device)
+        valid = None if lengths is None else (steps < lengths.unsqueeze(1)).unsqueeze(2).to(x.dtype)
         for block in self.blocks():
             x = block(x, mask, valid)
         x = self.after_norm(x)
@@ -263,7 +266,7 @@ class VoiceEncoder(nn.Module):
         features = self.normalise(features)
         if queries is not None:
             assert self.embed is not None, "this checkpoint has no query rows"
-            features = torch.cat([self.embed(queries), features], dim=1)
+            features = torch.cat([self.embed(queries.to(features.device)), features], dim=1)
         return self.encoder(features, lengths)
 
     def ctc_log_probs(self, hidden: Tensor) -> Tensor:

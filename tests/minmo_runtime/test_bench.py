@@ -86,3 +86,8 @@ def test_the_parents_are_timed_beside_the_reference() -> None:
     rows = parents.measure(tables, [torch.float32], repeats=1)
     assert [row.reference_ms for row in rows] == ["131-170", "131-170", "2000", "5700", "more", "662", "240"]
     assert all(row.ours_ms > 0 for row in rows)
+
+
+def test_the_window_of_the_flow_is_exact_inside_and_its_error_beyond_is_told() -> None:
+    error = parents.window_error(TINY["flow"], num_tokens=90, window_s=0.6)
+    assert error["window_s"] == 0.6 and error["inside_max"] < 1e-4 < error["beyond_mean"] < 2 * error["mel_std"]

@@ -12,6 +12,8 @@ from minmo_runtime.model.backbone import Backbone
 from minmo_runtime.model.dims import BackboneDims
 from minmo_runtime.model.voice_lm import VoiceLm, VoiceLmDims, VoiceStream
 from minmo_runtime.quantise import int8_linears
+from minmo_runtime.random_checkpoint import TINY
+from minmo_runtime.weights import module_of
 
 DIMS = BackboneDims(
     hidden_size=32,
@@ -22,6 +24,15 @@ DIMS = BackboneDims(
     vocab_size=60,
 )
 NUM_SLOTS = 6
+FULL_CONTEXT = {
+    "front_end": "lfr",
+    "lfr_m": 7,
+    "lfr_n": 6,
+    "fsmn_padding": "symmetric",
+    "chunk_frames": 0,
+    "left_context_frames": 0,
+    "num_queries": 16,
+}
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +121,32 @@ def speak(model: VoiceLm, is_fixed: bool) -> list[list[int]]:
                     stream.finish()
         model.decode_step(streams, cache, one_row)
     return [stream.turn.voice_tokens for stream in streams]
+
+
+@torch.no_grad()
+def test_no_pass_makes_tensors_on_another_device_than_its_weights() -> None:
+    """Every device but the CPU would refuse them; "meta" does too, and needs no GPU."""
+    with torch.device("meta"):
+        modules = {part: module_of(part, TINY[part]).to(torch.bfloat16) for part in ("encoder", "llm", "flow")}
+        whole = module_of("encoder", {**TINY["encoder"], **FULL_CONTEXT}).to(torch.bfloat16)
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(*shape, device="meta", dtype=torch.bfloat16)
+
+    encoder, llm, flow = modules["encoder"], modules["llm"], modules["flow"]
+    assert encoder.ctc_log_probs(encoder.forward_chunk(zeros(2, 16, 80), encoder.init_state(2))[0]).is_meta
+    assert encoder(zeros(2, 32, 80), torch.tensor([8, 6])).is_meta
+    assert whole(zeros(2, 20, 560), torch.tensor([24, 20]), torch.zeros(2, 4, dtype=torch.long)).is_meta
+    cache = llm.new_cache(4, 300)
+    assert llm(torch.zeros(2, 5, dtype=torch.long, device="meta"), cache=cache, slots=[0, 2], num_new=[5, 3]).is_meta
+    assert DecodeStep(llm, cache, has_graphs=False).run(zeros(2, 32), [0, 2]).is_meta
+    states = [flow.new_state(zeros(1, 8), slot=slot) for slot in range(2)]
+    flow_cache = flow.new_cache(3, 2)
+    for state in states:
+        flow.push(state, [1] * 20, is_final=True)
+    while flow.can_step(states[0]):
+        mels = flow.step_rows(states, flow_cache)
+    assert mels[0] is not None and mels[0].is_meta
 
 
 def test_the_voice_lm_draws_the_same_tokens_in_fixed_shapes() -> None:

@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.dry_run:
         torch.set_num_threads(1)
-        result = measure(DRY_RUN, torch.device("cpu"), "float32", [1, 2], 2.0, 1.0)
+        result = measure(DRY_RUN, torch.device("cpu"), "float32", [1, 2], 10.0, 9.0)
     elif torch.cuda.is_available():
         contents = read_profile(profile_folder(arguments.profile))
         numbers = [int(number) for number in arguments.calls.split(",")]
