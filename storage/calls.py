@@ -52,6 +52,7 @@ __all__ = ["CallStore", "JournalUnavailable", "StorageError", "StorageFull", "Un
 log = logging.getLogger(__name__)
 # Event fields that hold what was said or keyed: masked without asking for a valid check digit.
 _HEARD_KEYS = frozenset({"text", "heard_text", "generated_text", "digits", "caption"})
+_PAUSED, _WENT_ON = "recording_paused", "recording_went_on"  # events of the journal
 RECORDING_WAIT_S = 30.0
 MAX_KEYS_STORED = 8  # more keys in a row than any order number: a card; the rest of the row is not kept
 
@@ -293,7 +294,23 @@ class CallStore:
         recorder = self.start_recording(call_id, policy=row["recording_policy"], now=now)
         if row["notice_end_sample"] is not None:
             recorder.notice_finished(row["notice_end_sample"])
+        for name, sample in self.reader.get_recording_pauses(call_id):
+            (recorder.pause if name == _PAUSED else recorder.go_on)(sample)
         return recorder
+
+    def pause_recording(self, call_id: str, sample: int, *, now: dt.datetime) -> None:
+        """Nothing from leg sample `sample` on is kept until `go_on_recording`; also after a death of this process."""
+        self._switch_recording(call_id, _PAUSED, sample, now)
+
+    def go_on_recording(self, call_id: str, sample: int, *, now: dt.datetime) -> None:
+        self._switch_recording(call_id, _WENT_ON, sample, now)
+
+    def _switch_recording(self, call_id: str, name: str, sample: int, now: dt.datetime) -> None:
+        with self._lock:
+            recorder = self._open(call_id).recorder
+        if recorder is not None:
+            (recorder.pause if name == _PAUSED else recorder.go_on)(sample)
+        self._append(e.EventAppended, call_id, now, sync=True, name=name, fields={"sample": sample})
 
     def notice_finished(self, call_id: str, sample: int, *, now: dt.datetime) -> None:
         with self._lock:

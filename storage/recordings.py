@@ -64,6 +64,8 @@ class CallRecorder:
         self._high_sample = 0  # first sample after the last one seen on either channel
         self._starts_at: int | None = 0 if policy == "always" else None
         self._can_start = policy == "after_notice"
+        self._pauses: list[tuple[int, int]] = []  # [first, end) of the samples that are never kept
+        self._paused_at: int | None = None
         self.num_late_samples = 0
 
     @property
@@ -76,6 +78,30 @@ class CallRecorder:
             self._starts_at = sample
             self._next_to_seal = sample // self._segment_samples
 
+    def pause(self, sample: int) -> None:
+        """From leg sample `sample` on nothing is kept (a card number is spoken), until `go_on`; time runs on as
+        silence. What of it had come already is blanked, unless its segment is on disk: pause before, not after.
+        """
+        if self._paused_at is None:
+            self._paused_at = sample
+            for index, frames in self._open.items():
+                frames[max(0, sample - index * self._segment_samples) :] = 0
+
+    def go_on(self, sample: int) -> None:
+        """Sound from leg sample `sample` on is kept again."""
+        if self._paused_at is not None:
+            self._pauses.append((self._paused_at, max(sample, self._paused_at)))
+            self._paused_at = None
+
+    def _without_pauses(self, position: int, samples: Pcm) -> Pcm:
+        """The same samples with silence where the recording is paused."""
+        pauses = self._pauses if self._paused_at is None else [*self._pauses, (self._paused_at, 1 << 62)]
+        for first, end in pauses:
+            if first < position + len(samples) and end > position:
+                samples = samples.copy()
+                samples[max(0, first - position) : max(0, end - position)] = 0
+        return samples
+
     def push(self, channel: str, start_sample: int, pcm: bytes) -> None:
         """`pcm` int16 mono at the leg's rate, first sample at leg sample `start_sample`.
 
@@ -85,7 +111,8 @@ class CallRecorder:
             return
         samples = np.frombuffer(pcm, dtype="<i2")
         skipped = max(0, self._starts_at - start_sample)
-        samples, position = samples[skipped:], start_sample + skipped
+        position = start_sample + skipped
+        samples = self._without_pauses(position, samples[skipped:])
         is_first = self._high_sample == 0
         highest = MAX_START_S * self._rate if is_first else self._high_sample + MAX_AHEAD_S * self._rate
         if len(samples) == 0 or position > highest:

@@ -101,6 +101,13 @@ class CallReader:
         query = sa.select(tables.journal).where(j.call_id == call_id, j.seq > after_seq).order_by(j.seq)
         return self._rows(query.limit(limit))
 
+    def get_recording_pauses(self, call_id: str) -> list[tuple[str, int]]:
+        """("recording_paused" | "recording_went_on", leg sample) in order."""
+        j = tables.journal.c
+        wanted = sa.and_(j.call_id == call_id, j.kind.in_(("recording_paused", "recording_went_on")))
+        rows = self._rows(sa.select(tables.journal).where(wanted).order_by(j.seq))
+        return [(row["kind"], int(row["payload"]["sample"])) for row in rows]
+
     def tail_journal(self, *, after_id: int, call_id: str = "", limit: int = 500) -> list[dict[str, Any]]:
         """Journal rows with an id above `after_id`, of one call or of all: what the live page polls."""
         query = sa.select(tables.journal).where(tables.journal.c.id > after_id).order_by(tables.journal.c.id)

@@ -180,3 +180,43 @@ def test_store_keeps_segments_by_call_id(store: CallStore, config: StorageConfig
     reader.write_wav(out)
     assert soundfile.info(out).frames == RATE * 8
     assert store.open_recording("nobody") is None
+
+
+def test_nothing_that_is_said_in_a_pause_is_kept_and_time_runs_on(tmp_path: Path) -> None:
+    recorder, segments = recorder_of(tmp_path)
+    caller, agent = noise(1, RATE * 4), noise(2, RATE * 4)
+    push_in_frames(recorder, caller[:RATE], agent[:RATE])
+    recorder.pause(RATE - 800)  # asked for a little late: what was not on disk yet is blanked, too
+    for at in range(RATE, RATE * 4, 160):
+        if at == RATE * 3:
+            recorder.go_on(RATE * 3 + 80)
+        recorder.push("caller", at, caller[at : at + 160].tobytes())
+        recorder.push("agent", at, agent[at : at + 160].tobytes())
+    recorder.finish()
+    samples = RecordingReader(tmp_path, segments).samples()
+    for channel, pcm in enumerate((caller, agent)):
+        heard = samples[:, channel]
+        assert np.array_equal(heard[: RATE - 800], pcm[: RATE - 800])
+        assert not heard[RATE - 800 : RATE * 3 + 80].any()
+        assert np.array_equal(heard[RATE * 3 + 80 :], pcm[RATE * 3 + 80 :])
+
+
+def test_a_paused_recording_stays_paused_when_the_agent_dies(config: StorageConfig, now: dt.datetime) -> None:
+    caller = noise(1, RATE * 20)
+    dead = CallStore(config)
+    dead.open_call("c1", did="100", ani="", now=now)
+    dead.start_recording("c1", policy="always", now=now)
+    dead.pause_recording("c1", RATE, now=now)
+    dead.close()
+    store = CallStore(config)
+    store.adopt_call("c1")
+    recorder = store.resume_recording("c1", now=now)
+    recorder.push("caller", RATE * 2, caller[RATE * 2 : RATE * 10].tobytes())
+    store.go_on_recording("c1", RATE * 10, now=now)
+    recorder.push("caller", RATE * 10, caller[RATE * 10 :].tobytes())
+    store.close_call("c1", disposition="completed", cause="normal", now=now)
+    reader = store.open_recording("c1")
+    assert reader is not None
+    heard = reader.samples()[:, 0]
+    assert not heard[: RATE * 10].any() and np.array_equal(heard[RATE * 10 :], caller[RATE * 10 :])
+    store.close()
