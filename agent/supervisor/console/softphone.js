@@ -74,6 +74,7 @@ export class Softphone {
     this.state = state;
     this.status.textContent = WORDS[state];
     this.root.dataset.state = state;
+    this.number.disabled = state !== "idle";
     this.callButton.hidden = state !== "idle";
     this.callButton.disabled = !this.settings.is_on;
     this.endButton.hidden = state === "idle";
