@@ -51,6 +51,8 @@ from minmo_runtime.text import TextTokenizer
 # Every part that serving needs; the others are connectors.
 NEEDED = ("encoder", "llm", "voice_lm", "flow", "vocoder")
 CONNECTORS = {"projector": "in", "output_projector": "out", "duplex": "duplex"}
+# Loaded and checked, but not used: the runner feeds the LLM text (bridge `in`), and says so.
+NOT_SERVED = ("projector",)
 # A connector reads another part's vectors and is worth nothing behind a part trained anew: stage that makes it again.
 TRAINED_WITH = {"projector": ("encoder", "llm"), "duplex": ("encoder", "llm"), "output_projector": ("llm",)}
 _STAGE_OF_CONNECTOR = {"projector": "1a", "duplex": "4", "output_projector": "2a"}
@@ -217,6 +219,7 @@ def load_checkpoint(folder: str | Path, seed: int = 0, models: str | Path = "") 
     _check_trained_with(listed, contents)
     files = Files(folder, models_folder(str(models)))
     modules: dict[str, nn.Module] = {}
+    present: dict[str, nn.Module] = {}  # with those that are not served
     untrained: list[str] = []
     warnings: list[str] = []
     torch.manual_seed(seed)
@@ -224,7 +227,7 @@ def load_checkpoint(folder: str | Path, seed: int = 0, models: str | Path = "") 
         if part not in contents:
             continue
         entry = listed.get(part, {})
-        path = files.path(str(entry.get("path", f"{part}.safetensors")))
+        path = part_path(files, contents, part)
         is_public = ":" in str(entry.get("path", ""))
         if not path.is_file() and is_public and part not in CONNECTORS:
             raise CheckpointError(f"{path}: not there; run `minmo models fetch {contents['name']}`")
@@ -242,10 +245,14 @@ def load_checkpoint(folder: str | Path, seed: int = 0, models: str | Path = "") 
                 untrained.append(part)  # a file of zeros is there, but nobody has trained it
         else:
             untrained.append(part)
+        present[part] = module
+        if part in NOT_SERVED or (isinstance(module, DuplexPredictor) and module.dims.input != "encoder"):
+            warnings.append(f"{part}: weights are there, but the runner has no path for them yet; its bridge stands in")
+            continue
         modules[part] = module.eval().requires_grad_(False)
         if isinstance(module, HiftVocoder):
             module.fold_weight_norm()
-    _check_predictor(modules, folder)
+    _check_predictor(present, folder)
     tokenizers = {key: _tokenizer(files.path(name)) for key, name in contents["tokenizers"].items()}
     prompt = files.path(str(listed.get("prompt_voice", {}).get("path", "prompt_voice.safetensors")))
     checkpoint = Checkpoint(
@@ -269,6 +276,11 @@ def load_checkpoint(folder: str | Path, seed: int = 0, models: str | Path = "") 
         warnings.append(f"{prompt}: no prompt voice; `minmo models voice` makes one from a few seconds of speech")
     _check_fit(checkpoint)
     return checkpoint
+
+
+def part_path(files: Files, contents: Mapping[str, Any], part: str) -> Path:
+    """Where a part's weights are, or would be."""
+    return files.path(str(contents.get("files", {}).get(part, {}).get("path", f"{part}.safetensors")))
 
 
 def _check_predictor(modules: Mapping[str, nn.Module], folder: Path) -> None:

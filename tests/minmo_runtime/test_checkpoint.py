@@ -94,7 +94,7 @@ def test_a_predictor_on_encoder_frames_stands_without_a_projector(tmp_path: Path
     ("part", "sizes", "message"),
     [
         ("duplex", {"input_size": 60, "input": "encoder"}, r"duplex\.input_size = 60: must be equal .* 64"),
-        ("projector", {**PROJECTOR, "llm_hidden_size": 48}, r"projector\.llm_hidden_size = 48: must be equal .* 32"),
+        ("duplex", {"input_size": 64, "input": "encoder", "num_facts": 3}, r"duplex\.num_facts = 3: must be equal"),
     ],
 )
 def test_a_connector_of_another_size_is_refused(tmp_path: Path, part: str, sizes: dict, message: str) -> None:
@@ -133,9 +133,11 @@ def test_settings_out_of_range_are_refused_by_name() -> None:
         RuntimeConfig(max_streams=0)
 
 
-def test_trained_connectors_leave_no_bridge(tmp_path: Path) -> None:
-    dims = {**TINY, "projector": PROJECTOR, "duplex": {"input_size": 64, "input": "encoder"}}
-    assert load_checkpoint(write_random_checkpoint(tmp_path, dims=dims)).bridges == ()
+def test_a_connector_that_is_not_served_does_not_hide_its_bridge(tmp_path: Path) -> None:
+    dims = {**TINY, "projector": PROJECTOR, "duplex": {"input_size": 128}}
+    checkpoint = load_checkpoint(write_random_checkpoint(tmp_path, dims=dims))
+    assert checkpoint.bridges == ("in", "duplex")
+    assert [warning.split(":")[0] for warning in checkpoint.warnings] == ["projector", "duplex"]
 
 
 def test_a_connector_without_weights_is_bridged_not_random(tmp_path: Path) -> None:
