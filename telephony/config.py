@@ -105,6 +105,10 @@ class TelephonyConfig:
     no_answer_timeout_s: float = 45.0
     """An outbound INVITE not answered for so long is cancelled (cause no_answer)."""
 
+    bridges_refused_transfers: bool = False
+    """A transfer whose REFER the party refuses is carried out by us: the target (in `outbound_hosts`, or a tel: number
+    by the trunks) is called and joined with the caller. Takes a second call of the worker."""
+
     refer_timeout_s: float = 30.0
     """No final NOTIFY after a REFER for so long counts as 408."""
 

@@ -49,6 +49,15 @@ class Worker(MediaWorker):
         if self._is_started:
             self._link.send(message)
 
+    def _admission(self) -> int:
+        return super()._admission() or (503 if self._sip.num_calls >= self._sip.max_calls else 0)
+
+    @property
+    def is_over(self) -> bool:
+        """Parties that were joined go on talking until the time to drain is over."""
+        is_ended = self._stop_until_s is not None and self._now_s > self._stop_until_s
+        return super().is_over and (is_ended or not self._sip.bridges)
+
     def greet(self) -> None:
         super().greet()
         for message in self._trunk_states.values():

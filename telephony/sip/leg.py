@@ -105,6 +105,8 @@ class SipLeg(pj.Call):
         self._is_judged = False  # the media's health was reported
         self._loudest = 0
         self._num_tones = 0
+        self.is_joined = False  # with another leg (sip/bridge.py)
+        self.referred_to = ""
         self._lock = RtpLock()
         self._packets_at_lock = 0
         self._security = security
@@ -135,6 +137,7 @@ class SipLeg(pj.Call):
                 check_refer_to(refer_to)
                 if self.refer is not None and not self.refer.is_done:
                     raise ValueError("a REFER is already under way")
+                self.referred_to = refer_to
                 self.refer = OutboundRefer(self.leg_id, now_s, self._config.refer_timeout_s)
                 self.xfer(f"<{refer_to}>", pj.CallOpParam(True))
 
@@ -155,6 +158,15 @@ class SipLeg(pj.Call):
         param.digits = digits
         param.method = pj.PJSUA_DTMF_METHOD_SIP_INFO if method == "info" else pj.PJSUA_DTMF_METHOD_RFC2833
         self.sendDtmf(param)
+
+    @property
+    def has_port(self) -> bool:
+        return self._port is not None
+
+    def join(self, other: SipLeg) -> None:
+        """Let the other party hear this one."""
+        self.is_joined = True
+        self.getAudioMedia(-1).startTransmit(other.getAudioMedia(-1))
 
     @property
     def is_ended_by_us(self) -> bool:
@@ -178,6 +190,9 @@ class SipLeg(pj.Call):
     def end(self, cause: Cause) -> None:
         """BYE, CANCEL or a final refusal, whichever the state asks for."""
         if self.state is LegState.DISCONNECTED or self._cause is not None:
+            return
+        if cause is Cause.TRANSFERRED and self.is_joined:  # the two parties go on without the agent
+            self._sink(self, LegDisconnected(leg_id=self.leg_id, cause=cause, by="agent"))
             return
         self._cause = cause
         if not self.isActive():  # the party ended it this very moment; pjsip tells us next

@@ -20,6 +20,7 @@ from telephony.dtmf import DtmfDetector, tones  # noqa: E402
 from telephony.leg import (  # noqa: E402
     Answer,
     DtmfReceived,
+    Hangup,
     Hold,
     HoldChanged,
     LegDisconnected,
@@ -29,6 +30,7 @@ from telephony.leg import (  # noqa: E402
     Play,
     Progress,
     Refer,
+    ReferResult,
     Unhold,
 )
 from telephony.process import WorkerProcess  # noqa: E402
@@ -319,6 +321,71 @@ async def test_transfer_target_goes_out_verbatim(worker, target):
         refer = await asyncio.to_thread(call.peer.receive, "REFER")
         assert header(refer, "Refer-To") == f"<{target}>"
         call.peer.respond(refer, "603 Decline")
+
+
+@pytest.fixture(scope="module")
+def bridging_worker():
+    with WorkerProcess(TelephonyConfig(sip_port=0, bridges_refused_transfers=True)) as running:
+        yield running
+
+
+async def referred_and_refused(call, target):
+    """The caller's side says no to REFER, so the target is called."""
+    await call.leg.send(Refer(leg_id=call.leg.leg_id, refer_to=f"sip:desk@127.0.0.1:{target.port}"))
+    call.peer.respond(await asyncio.to_thread(call.peer.receive, "REFER"), "603 Decline")
+    return await asyncio.to_thread(target.receive, "INVITE")
+
+
+async def test_refused_transfer_is_bridged_and_the_parties_stay_when_the_agent_leaves(bridging_worker, tone):
+    """users.md L7, J3: cold transfer fails with 603."""
+    target = RawPeer(bridging_worker.address)
+    target.socket.settimeout(6)
+    async with ringing(bridging_worker) as call:
+        ok = await call.answer()
+        invite = await referred_and_refused(call, target)
+        assert header(invite, "From").startswith("<sip:raw@")  # the desk sees who calls
+        target.respond(invite, "200 OK", target.sdp())
+        await asyncio.to_thread(target.receive, "ACK")
+        assert (await call.until(ReferResult)).sip_status == 200
+        await call.leg.send(Hangup(leg_id=call.leg.leg_id, cause="transferred"))
+        assert (await call.until(LegDisconnected)).cause == "transferred"
+        heard = asyncio.create_task(asyncio.to_thread(packets, target, 2.0))
+        await send_rtp(call, ok, tone(2.0))
+        assert len([packet for packet in await heard if loud(packet)]) > 25  # the caller is heard at the desk
+        bye = await asyncio.to_thread(bye_after_hangup, target, call, invite)
+        assert bye.startswith("BYE")
+        call.peer.respond(bye, "200 OK")
+    target.close()
+
+
+def bye_after_hangup(target, call, invite):
+    """The desk hangs up; the caller's BYE."""
+    own_tag = re.search(r"tag=([^;\s]+)", header(invite, "From")).group(1)
+    target.call_id = header(invite, "Call-ID")
+    target.request_uri = header(invite, "Contact").partition("<")[2].partition(">")[0]
+    target.request("BYE", 5, own_tag)
+    return call.peer.receive("BYE")
+
+
+async def test_target_that_refuses_too_leaves_the_call_as_it_was(bridging_worker):
+    target = RawPeer(bridging_worker.address)
+    target.socket.settimeout(6)
+    async with ringing(bridging_worker) as call:
+        await call.answer()
+        invite = await referred_and_refused(call, target)
+        target.respond(invite, "486 Busy Here")
+        assert (await call.until(ReferResult)).sip_status == 486
+        assert not call.of(LegDisconnected)
+    target.close()
+
+
+async def test_target_that_is_not_configured_is_not_called(bridging_worker):
+    async with ringing(bridging_worker) as call:
+        await call.answer()
+        await call.leg.send(Refer(leg_id=call.leg.leg_id, refer_to="sip:desk@192.0.2.1"))
+        call.peer.respond(await asyncio.to_thread(call.peer.receive, "REFER"), "603 Decline")
+        assert (await call.until(ReferResult)).sip_status == 603
+        assert not call.of(LegDisconnected)
 
 
 # ------------------------------------------------------------------- wideband
