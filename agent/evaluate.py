@@ -1,6 +1,6 @@
 """`minmo eval`: what nano understands and does, with n beside every figure. Definitions: docs/evaluation.md.
 
-    minmo eval [--calls 30] [--sip-calls 5] [--words 2000] [--checkpoint DIR] [--speech-dir DIR] [--seed 1]
+    minmo eval [--calls 30] [--sip-calls 5] [--words 1500] [--checkpoint DIR] [--speech-dir DIR] [--seed 1]
 
 Callers are synthesised with voices and phrasings that were held out of training (needs espeak-ng); people's clips are
 taken from a folder of recordings when there is one. The last line is JSON. Nothing here is gated.
@@ -328,7 +328,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="minmo eval", description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--calls", type=int, default=30, help="simulated calls in the lab")
     parser.add_argument("--sip-calls", type=int, default=5, help="further calls over SIP")
-    parser.add_argument("--words", type=int, default=2_000, help="reference words per recognition score")
+    parser.add_argument("--words", type=int, default=1_500, help="reference words per recognition score")
     parser.add_argument("--checkpoint", type=Path, default=SHIPPED_CHECKPOINT)
     parser.add_argument("--speech-dir", type=Path, default=SPEECH_FOLDER, help="recordings of people")
     parser.add_argument("--work", type=Path, default=Path("work") / "voices", help="where espeak-ng's data is prepared")
