@@ -27,7 +27,7 @@ while len(received) < 2:
 DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
 
 
-OTHER_WORDS = {"device": "cuda", "dtype": "bfloat16"}
+OTHER_WORDS = {"device": "cuda", "dtype": "bfloat16", "weights": "int8"}  # settings with a choice of words
 
 
 def child_of(code: str) -> Child:
