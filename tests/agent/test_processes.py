@@ -103,9 +103,8 @@ def config(tmp_path: Path) -> Config:
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(RuntimeConfig)])
 def test_every_runtime_setting_reaches_the_engine(config: Config, field: str) -> None:
     default = getattr(config.runtime, field)
-    changed = dataclasses.replace(
-        config.runtime, **{field: OTHER_WORDS[field] if field in OTHER_WORDS else default + 1}
-    )
+    other = OTHER_WORDS.get(field, "another") if isinstance(default, str) else default + 1
+    changed = dataclasses.replace(config.runtime, **{field: other})
     _, _, *words = Stack(dataclasses.replace(config, runtime=changed))._engine_spec().command
     assert server.parse(words).config == changed != RuntimeConfig()
 
