@@ -7,6 +7,7 @@ Modules are imported inside the commands: `minmo db show` does not wait for torc
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import getpass
 import json
 import sys
@@ -35,12 +36,17 @@ access = typer.Typer(help="Who may see the page, and do what there.", no_args_is
 db = typer.Typer(help="What was said: calls, transcripts, recordings.", no_args_is_help=True)
 campaign = typer.Typer(help="Which line is answered how.", no_args_is_help=True)
 app.add_typer(access, name="access")
+models = typer.Typer(help="The parents' public files: fetch, import, verify.", no_args_is_help=True)
 app.add_typer(db, name="db")
+app.add_typer(models, name="models")
 app.add_typer(campaign, name="campaign")
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="Settings; default: config.toml here, else the shipped one.")
 ]
+Profile = Annotated[str, typer.Option("--profile", help="Another model: `minmo models list` names them.")]
+Names = Annotated[list[str] | None, typer.Argument(help="Profiles or sources; public = what minmo-8b needs.")]
+Accept = Annotated[bool, typer.Option("--accept-licence", help="I have read the licences and accept them.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -51,6 +57,17 @@ def settings(path: Path | None) -> Config:
         return load_config(found)
     except ConfigError as error:
         fail(str(error))
+
+
+def with_profile(config: Config, profile: str) -> Config:
+    """The settings with another model."""
+    if not profile:
+        return config
+    return dataclasses.replace(
+        config,
+        agent=dataclasses.replace(config.agent, checkpoint=""),
+        runtime=dataclasses.replace(config.runtime, profile=profile),
+    )
 
 
 def fail(text: str) -> NoReturn:
@@ -64,6 +81,7 @@ def fail(text: str) -> NoReturn:
 @app.command()
 def serve(
     config: ConfigFile = None,
+    profile: Profile = "",
     new_token: Annotated[
         bool, typer.Option(help="Print a new token for the page; the old one no longer opens it.")
     ] = False,
@@ -71,7 +89,7 @@ def serve(
     """Answer calls and serve the supervisors' page, until Ctrl-C."""
     from agent.app import serve as run
 
-    raise typer.Exit(run(settings(config), is_new_token_wanted=new_token))
+    raise typer.Exit(run(with_profile(settings(config), profile), is_new_token_wanted=new_token))
 
 
 @app.command()
@@ -103,11 +121,11 @@ def call(
 
 
 @app.command()
-def doctor(config: ConfigFile = None, as_json: AsJson = False) -> None:
+def doctor(config: ConfigFile = None, as_json: AsJson = False, profile: Profile = "") -> None:
     """What is installed, loaded and free; which bridges stand and why."""
     from agent.doctor import State, examine
 
-    findings = examine(settings(config))
+    findings = examine(with_profile(settings(config), profile))
     if as_json:
         typer.echo(json.dumps([{"name": f.name, "state": f.state, "text": f.text} for f in findings], indent=2))
     else:
@@ -172,6 +190,100 @@ def bench(
     except ValueError as error:
         fail(f"bench: {error}")
     raise typer.Exit(status)
+
+
+# ------------------------------------------------------------------ models
+
+
+@models.command(name="list")
+def models_list(config: ConfigFile = None, as_json: AsJson = False) -> None:
+    """Profiles and what each needs; sources, how complete, under which licence."""
+    from minmo_runtime.models import overview
+
+    shown = overview(settings(config).runtime.models_folder)
+    if as_json:
+        typer.echo(json.dumps(shown, indent=2))
+        return
+    for row in shown["profiles"]:
+        typer.echo(f"{row['name']:<16} {', '.join(row['needs']) or 'shipped'}")
+    typer.echo(f"\nin {shown['folder']}:")
+    for row in shown["sources"]:
+        typer.echo(f"{row['name']:<22} {row['state']:<10} {row['size_mb']:>6} MB  {row['licence']}")
+
+
+@models.command(name="fetch")
+def models_fetch(
+    names: Names = None,
+    config: ConfigFile = None,
+    accept: Accept = False,
+    hub: Annotated[str, typer.Option(help="huggingface | modelscope")] = "huggingface",
+    endpoint: Annotated[str, typer.Option(help="A mirror's address.")] = "",
+) -> None:
+    """Download what a profile needs; goes on where a broken download stopped."""
+    from minmo_runtime import models as files
+
+    folder = files.models_folder(settings(config).runtime.models_folder)
+    try:
+        wanted = files.wanted_sources(names or ["public"])
+        files.fetch(wanted, folder, hub=hub, endpoint=endpoint, is_accepted=accept, say=typer.echo)
+    except files.ModelsError as error:
+        fail(str(error))
+
+
+@models.command(name="import")
+def models_import(
+    folder: Annotated[Path, typer.Argument(help="Files fetched on another machine.", exists=True, file_okay=False)],
+    names: Names = None,
+    config: ConfigFile = None,
+    accept: Accept = False,
+) -> None:
+    """Copy what a profile needs out of a folder, for a machine without network."""
+    from minmo_runtime import models as files
+
+    target = files.models_folder(settings(config).runtime.models_folder)
+    try:
+        files.import_folder(
+            files.wanted_sources(names or ["public"]), folder, target, is_accepted=accept, say=typer.echo
+        )
+    except files.ModelsError as error:
+        fail(str(error))
+
+
+@models.command(name="verify")
+def models_verify(names: Names = None, config: ConfigFile = None) -> None:
+    """Compare every file with its sum; exit 1 where one differs or is missing."""
+    from minmo_runtime import models as files
+
+    try:
+        wanted = files.wanted_sources(names or ["public"])
+        problems = files.verify(wanted, files.models_folder(settings(config).runtime.models_folder))
+    except files.ModelsError as error:
+        fail(str(error))
+    for problem in problems:
+        typer.echo(problem)
+    typer.echo(f"{len(wanted)} sources, {len(problems)} problems")
+    raise typer.Exit(bool(problems))
+
+
+@models.command(name="voice")
+def models_voice(
+    speech: Annotated[Path, typer.Argument(help="1 to 30 s of one person's clear speech.", exists=True)],
+    text: Annotated[str, typer.Option(help="What is said in it, word for word.")],
+    consent: Annotated[bool, typer.Option("--speaker-consents", help="This person agreed to be imitated.")] = False,
+    name: Annotated[str, typer.Option(help="Name of the voice; the profiles speak with 'agent'.")] = "agent",
+    config: ConfigFile = None,
+) -> None:
+    """Make the prompt voice that CosyVoice 2 continues, from a few seconds of speech."""
+    from minmo_runtime import prompt_voice
+    from minmo_runtime.models import models_folder
+
+    if not consent:
+        fail("a voice is a person's: run again with --speaker-consents once that person agreed to be imitated")
+    try:
+        path = prompt_voice.prepare(speech, text, name, models_folder(settings(config).runtime.models_folder))
+    except prompt_voice.PromptVoiceError as error:
+        fail(str(error))
+    typer.echo(f"prompt voice: {path}")
 
 
 # ------------------------------------------------------------------ db

@@ -16,10 +16,13 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from agent.checkpoint import checkpoint_facts, checkpoint_folder
 from agent.config import Config
 from agent.prompts.lines import LineBook
+from minmo_runtime.models import state_of
+from minmo_runtime.profiles import Files, models_folder, sources_of
 from policies.engine import PolicyEngine
 from policies.facts import CheckpointFacts
 from telephony import speexdsp
@@ -123,23 +126,78 @@ def _model(config: Config) -> Iterator[Finding]:
     if not importlib.util.find_spec("torch"):
         yield Finding("model", State.FAULT, "torch is not installed: make venv")
         return
-    from minmo_runtime import weights
+    from minmo_runtime import memory, weights
 
     yield Finding("torch", State.OK, importlib.metadata.version("torch"))
     try:
-        checkpoint = weights.load_checkpoint(checkpoint_folder(config))
+        folder = checkpoint_folder(config)
+        contents = weights.read_contents(folder)
+    except (ValueError, weights.CheckpointError) as error:
+        yield Finding("checkpoint", State.FAULT, str(error))
+        return
+    files = Files(folder, models_folder(config.runtime.models_folder))
+    there = tuple(
+        part for part in weights.parts() if part in contents and weights.part_path(files, contents, part).is_file()
+    )
+    needed = memory.weight_bytes(contents, config.runtime, (*weights.NEEDED, *there))
+    yield from _sources(contents, files)
+    yield _memory(needed, memory.call_bytes(contents, config.runtime), memory.free_bytes(config.runtime.device), config)
+    bridges = [bridge for part, bridge in weights.CONNECTORS.items() if part not in there]
+    yield Finding("bridges", State.OK, f"bridges=[{', '.join(bridges)}]")
+    for bridge in bridges:
+        yield Finding(f"bridge {bridge}", State.WARNING, BRIDGE_REASONS[bridge])
+    yield from _prompt_voice(contents, files)
+    if missing := [part for part in weights.NEEDED if part not in there]:
+        text = f"{contents['name']}: no weights of {', '.join(missing)}"
+        yield Finding(
+            "checkpoint", State.FAULT, text + (": run `minmo models fetch` as above" if sources_of(contents) else "")
+        )
+        return
+    try:
+        checkpoint = weights.load_checkpoint(folder, models=config.runtime.models_folder)
     except weights.CheckpointError as error:
         yield Finding("checkpoint", State.FAULT, str(error))
         return
-    size_mib = sum(file.stat().st_size for file in checkpoint.folder.glob("*.safetensors")) / 2**20
+    size_mib = sum(needed.values()) / 2**20
     state = State.FAULT if "UNTRAINED" in checkpoint.label else State.OK
     parts = ", ".join(part for part, module in vars(checkpoint.modules).items() if module is not None)
-    yield Finding("checkpoint", state, f"{checkpoint.label} ({size_mib:.1f} MiB): {parts}")
-    yield Finding("bridges", State.OK, f"bridges=[{', '.join(checkpoint.bridges)}]")
-    for bridge in checkpoint.bridges:
-        yield Finding(f"bridge {bridge}", State.WARNING, BRIDGE_REASONS[bridge])
+    yield Finding("checkpoint", state, f"{checkpoint.label} ({size_mib:.1f} MiB in memory): {parts}")
     for warning in checkpoint.warnings:
         yield Finding("checkpoint", State.WARNING, warning)
+
+
+def _sources(contents: dict[str, Any], files: Files) -> Iterator[Finding]:
+    """Each public checkpoint that the profile names: whole, or what brings it."""
+    for source in sources_of(contents):
+        found = state_of(source, files.models)
+        text = f"{found.text} in {found.folder}; {source.licence}"
+        if found.missing:
+            text += f": minmo models fetch {contents['name']} --accept-licence"
+        yield Finding(f"files {source.name}", State.FAULT if found.missing else State.OK, text)
+
+
+def _prompt_voice(contents: dict[str, Any], files: Files) -> Iterator[Finding]:
+    """CosyVoice 2 continues a voice; without one it speaks as nobody in particular."""
+    entry = contents.get("files", {}).get("prompt_voice")
+    if entry is None:
+        return
+    path = files.path(entry["path"])
+    if path.is_file():
+        yield Finding("prompt voice", State.OK, str(path))
+    else:
+        text = "not there: minmo models voice SPEECH.wav --text '...' --speaker-consents"
+        yield Finding("prompt voice", State.WARNING, f"{path}: {text}")
+
+
+def _memory(needed: dict[str, int], per_call: int, free: int, config: Config) -> Finding:
+    calls = config.runtime.max_streams
+    total = sum(needed.values()) + calls * per_call
+    largest = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in needed.items() if size > 0.05 * total)
+    text = (
+        f"needs {total / 2**30:.2f} GiB ({largest}; {calls} calls of {per_call / 2**20:.0f} MiB), "
+        f"{free / 2**30:.2f} GiB free on {config.runtime.device}, {config.runtime.dtype}"
+    )
+    return Finding("memory", State.OK if total < free else State.FAULT, text)
 
 
 def _campaigns(config: Config) -> Iterator[Finding]:

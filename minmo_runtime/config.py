@@ -9,6 +9,13 @@ from dataclasses import dataclass
 class RuntimeConfig:
     """How one engine process serves its calls. The model's own numbers are not here: they come with the checkpoint."""
 
+    profile: str = "nano"
+    """Which model: nano, nano-human, minmo-small, minmo-8b, or a folder with a checkpoint.toml (`minmo models list`);
+    agent.checkpoint, where set, goes before it."""
+
+    models_folder: str = ""
+    """Where the parents' public files lie; empty = $MINMO_MODELS, else ~/.cache/minmo/models."""
+
     max_streams: int = 4
     """Calls held at once; the next one is refused (RuntimeOverloaded)."""
 

@@ -154,7 +154,7 @@ class Engine:
 def load_engine(folder: Path, config: RuntimeConfig) -> Engine:
     """An engine on the checkpoint in `folder`, with torch set up for one process per core."""
     torch.set_num_threads(config.num_threads)
-    checkpoint = load_checkpoint(folder)
+    checkpoint = load_checkpoint(folder, models=config.models_folder)
     _warm_up(Engine(checkpoint, dataclasses.replace(config, max_streams=1, max_voice_tokens=50)))
     return Engine(checkpoint, config, timer=time.perf_counter)
 

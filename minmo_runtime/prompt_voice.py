@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import soundfile
+import soxr
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -121,6 +123,19 @@ class SpeakerEncoderOnnx:
         """[S] -> [1, 192]"""
         fbank = campplus_fbank(waveform)[None]
         return torch.from_numpy(self._file.run(fbank.numpy())).float().view(1, -1)
+
+
+def prepare(speech: Path, text: str, name: str, models: Path) -> Path:
+    """A sound file and its words -> models/prompt_voice/<name>.safetensors, through the fetched ONNX files."""
+    waveform, rate = soundfile.read(str(speech), dtype="float32", always_2d=True)
+    mono = waveform.mean(axis=1)
+    at = {hz: torch.from_numpy(soxr.resample(mono, rate, hz)).float() for hz in (SPEECH_RATE_HZ, 24_000)}
+    source = models / "cosyvoice2-0.5b"
+    tokenizer = SpeechTokenizer(source / "speech_tokenizer_v2.onnx")
+    speaker = SpeakerEncoderOnnx(source / "campplus.onnx")
+    path = models / "prompt_voice" / f"{name}.safetensors"
+    write_prompt_voice(make_prompt_voice(at[SPEECH_RATE_HZ], at[24_000], text, tokenizer, speaker), path)
+    return path
 
 
 def make_prompt_voice(

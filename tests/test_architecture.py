@@ -36,6 +36,7 @@ HOME_OF = {
 LOCAL_IMPORTS = {
     "agent/__main__.py": "a command loads only what it needs: `minmo db` must not wait for torch",
     "agent/doctor.py": "says that torch is missing instead of failing on it",
+    "minmo_runtime/models.py": "huggingface_hub and modelscope are optional",
     "minmo_runtime/prompt_voice.py": "onnxruntime is optional",
     "minmo_runtime/spoken_form.py": "num2words is optional: nano's voice reads its own text",
     "minmo_runtime/server.py": "the fake runtime is served without torch",
