@@ -89,7 +89,7 @@ def browser_desk(settings: WebRtcConfig, offer_sockets: list[Path], answer_timeo
     )
     turn = read_secret("turn_secret_file", settings.turn_secret_file) if settings.turn_secret_file else b""
     workers = WorkerChoice(offer_sockets, answer_timeout_s + 5.0)
-    return BrowserDesk(settings, TicketOffice(signing, settings.call_token_s), workers, turn, off_because)
+    return BrowserDesk(settings, TicketOffice(signing, settings.start_within_s), workers, turn, off_because)
 
 
 async def _serve(server: uvicorn.Server, listener: socket.socket, live: LiveTail, parent_pid: int | None) -> None:

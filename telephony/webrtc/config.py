@@ -52,8 +52,8 @@ class WebRtcConfig:
     turn_credential_s: int = 600
     """How long a TURN credential lets a browser open an allocation, 60-86400."""
 
-    call_token_s: int = 60
-    """How long the token of one call can be used to start it, 5-3600."""
+    start_within_s: int = 60
+    """How long after a call token was made it can start its call, 5-3600."""
 
     call_token_secret_file: str = ""
     """File with the secret that signs call tokens, for a site of your own that makes them (docs/webrtc.md); empty = a
@@ -99,7 +99,7 @@ class WebRtcConfig:
     def _check_ranges(self) -> None:
         ranges: dict[str, tuple[float, float]] = {
             "num_workers": (0, 16), "max_calls": (1, 50), "port_first": (0, 65535), "port_last": (0, 65535),
-            "turn_credential_s": (60, 86400), "call_token_s": (5, 3600), "connect_timeout_s": (1, 60),
+            "turn_credential_s": (60, 86400), "start_within_s": (5, 3600), "connect_timeout_s": (1, 60),
             "media_timeout_s": (2, 600), "jitter_ms": (20, 200),
         }  # fmt: skip
         for key, (low, high) in ranges.items():
