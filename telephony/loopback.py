@@ -20,6 +20,8 @@ from telephony.leg import (
     DtmfReceived,
     Flush,
     Hangup,
+    Hold,
+    HoldChanged,
     LegCommand,
     LegDisconnected,
     LegEvent,
@@ -30,6 +32,7 @@ from telephony.leg import (
     Refer,
     ReferResult,
     Reject,
+    Unhold,
     WireMetric,
 )  # fmt: skip
 from telephony.outgoing import OutgoingAudio
@@ -97,6 +100,8 @@ class LoopbackLeg:
                 self._end(cause_of_status(sip_status), sip_status, "agent")
             case Hangup(cause=cause) if self.state is not LegState.DISCONNECTED:
                 self._end(cause_of_hangup(cause), 200 if self.state is LegState.CONFIRMED else 603, "agent")
+            case Hold() | Unhold():
+                self._set_held(isinstance(command, Hold), "agent")
             case Refer(refer_to=refer_to):
                 self.referred_to = refer_to
                 self._emit(self.refer_answer)
@@ -137,7 +142,7 @@ class LoopbackLeg:
 
     def hold(self, is_held: bool = True) -> None:
         """Re-INVITE sendonly, or back: the clock runs on, nobody hears us."""
-        self._is_held = is_held
+        self._set_held(is_held, "caller")
 
     def hang_up(self) -> None:
         self._end(Cause.NORMAL, 200, "caller")
@@ -176,6 +181,10 @@ class LoopbackLeg:
         return events
 
     # ---------------------------------------------------------------- private
+
+    def _set_held(self, is_held: bool, by: str) -> None:
+        self._is_held = is_held
+        self._emit(HoldChanged(leg_id=self.leg_id, is_held=is_held, by=by))
 
     def _tick(self, num_samples: int) -> None:
         while self._commands:

@@ -10,6 +10,8 @@ import pytest
 from agent.config import ConfigError, build_config
 from telephony.config import TelephonyConfig
 from telephony.dtmf import LAYOUT, DtmfDetector, tones
+from telephony.leg import Answer, Hold, HoldChanged, Unhold
+from telephony.loopback import LoopbackLeg
 from telephony.sip.media_health import MediaCounts, health_of
 from telephony.sip.outbound import OutboundAttempt
 from telephony.sip.trunk import Neighbours, TrunkRefused, identify, routes_of
@@ -189,3 +191,18 @@ def test_single_tones_and_line_tones_are_no_key(hz):
 def test_verdict_names_the_direction_that_is_missing(counts, is_held, verdict):
     health = health_of("l", counts, codec="PCMU/8000", is_held=is_held, promised_address="a", source_address="b")
     assert health.verdict == verdict
+
+
+# ---------------------------------------------------------------------- hold
+
+
+def test_loopback_leg_says_who_holds_whom_as_a_real_one_does():
+    leg = LoopbackLeg("l", did="100")
+    leg.ring()
+    leg.send_now(Answer(leg_id="l"))
+    leg.hold()
+    leg.hold(False)
+    leg.send_now(Hold(leg_id="l"))
+    leg.send_now(Unhold(leg_id="l"))
+    said = [(event.is_held, event.by) for event in leg.drain() if isinstance(event, HoldChanged)]
+    assert said == [(True, "caller"), (False, "caller"), (True, "agent"), (False, "agent")]
