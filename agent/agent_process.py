@@ -61,7 +61,8 @@ class AgentProcess:
         for problem in policy.problems:
             log.error("campaign %s is refused: %s", problem.name, problem.reason)
         texts = rendering.sentences(book, policy.campaigns)
-        rendered = rendering.load(rendering.folder_for(config.storage.folder, folder), texts)
+        models = config.runtime.models_folder
+        rendered = rendering.load(rendering.folder_for(config.storage.folder, folder, models), texts)
         return Reception(config, self.store, self.writer, self.engines, policy, book, rendered)
 
     async def run(self, parent_pid: int) -> None:

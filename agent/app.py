@@ -150,7 +150,7 @@ class Stack:
         if not texts:
             problems = "; ".join(f"{p.name}: {p.reason}" for p in policy.problems)
             raise StartError(f"no campaign can take calls: {problems or 'the folder is empty'}")
-        folder = rendering.folder_for(self.config.storage.folder, self.checkpoint)
+        folder = rendering.folder_for(self.config.storage.folder, self.checkpoint, self.config.runtime.models_folder)
         todo = rendering.missing(folder, texts)
         if todo:
             log.info("speaking %d fixed sentences for the first time", len(todo))

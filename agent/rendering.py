@@ -18,6 +18,7 @@ from pathlib import Path
 from agent.call_setup import CACHED_PURPOSES
 from agent.prompts.lines import LineBook
 from minmo_runtime import api
+from minmo_runtime.profiles import referenced_files
 from policies.campaign import Campaign
 from policies.engine import PolicyEngine
 from policies.facts import CallFacts
@@ -41,11 +42,12 @@ def sentences(book: LineBook, campaigns: Iterable[Campaign]) -> list[str]:
     return list(found)
 
 
-def folder_for(storage_folder: Path, checkpoint: Path) -> Path:
-    """checkpoint.toml names every weight file with its hash, so its own hash stands for all of them."""
+def folder_for(storage_folder: Path, checkpoint: Path, models: str = "") -> Path:
+    """checkpoint.toml names every weight file with its hash, so its own hash stands for all of them; a profile's public
+    files and its prompt voice, which lie elsewhere, tell by size and time."""
     contents = checkpoint / "checkpoint.toml"
     digest = hashlib.sha256(contents.read_bytes())
-    for weights in sorted(checkpoint.glob("*.safetensors")):
+    for weights in (*sorted(checkpoint.glob("*.safetensors")), *referenced_files(checkpoint, models)):
         status = weights.stat()  # changed in place without a new table of contents: size and time tell
         digest.update(f"{weights.name} {status.st_size} {status.st_mtime_ns}".encode())
     return storage_folder / "rendered" / digest.hexdigest()[:16]

@@ -144,6 +144,14 @@ def references(contents: dict[str, Any]) -> list[str]:
     return [reference for reference in found if ":" in reference]
 
 
+def referenced_files(folder: Path, models: str = "") -> list[Path]:
+    """Those of a profile's public files that are there, sorted; none for a checkpoint that keeps its own."""
+    if not (folder / CONTENTS).is_file():
+        return []
+    files = Files(folder, models_folder(models))
+    return sorted({path for name in references(read_profile(folder)) if (path := files.path(name)).is_file()})
+
+
 def sources_of(contents: dict[str, Any]) -> list[Source]:
     """The public checkpoints that a profile needs, each once."""
     known = sources()

@@ -12,6 +12,7 @@ from agent.__main__ import app, with_profile
 from agent.checkpoint import checkpoint_facts, checkpoint_folder
 from agent.config import Config, build_config
 from agent.doctor import State, examine
+from agent.rendering import folder_for
 from tests.minmo_runtime.public_files import write_public_checkpoint
 
 
@@ -56,6 +57,15 @@ def test_a_profile_is_chosen_by_setting_or_option_and_a_folder_goes_before_it() 
     other = build_config({"runtime": {"profile": "nano-human"}, "agent": {"checkpoint": "/x"}})
     assert checkpoint_folder(other) == Path("/x")
     assert checkpoint_folder(with_profile(other, "minmo-small")).name == "minmo-small"
+
+
+def test_another_prompt_voice_means_that_fixed_sentences_are_spoken_again(tmp_path: Path) -> None:
+    folder, models = write_public_checkpoint(tmp_path)
+    before = folder_for(tmp_path, folder, str(models))
+    assert folder_for(tmp_path, folder, str(models)) == before
+    voice = models / "prompt_voice" / "agent.safetensors"
+    voice.write_bytes(voice.read_bytes() + b" ")
+    assert folder_for(tmp_path, folder, str(models)) != before
 
 
 def test_an_unknown_profile_is_refused_with_those_there_are() -> None:
