@@ -185,8 +185,8 @@ class Hearing:
         rate = self.rates.output_sample_rate_hz
         beyond = round(_ALIGN_BEYOND_CUT_S * rate)
         pcm = np.concatenate(truncation.reply.pcm)[: truncation.played_samples + beyond]
-        waveform = resample(torch.from_numpy(pcm.astype(np.float32)), rate, features.SAMPLE_RATE_HZ).numpy()
-        waveform = to_waveform(waveform)
+        narrow = resample(torch.from_numpy(pcm.astype(np.float32)), rate, features.SAMPLE_RATE_HZ).numpy()
+        waveform = to_waveform(narrow)
         frames = features.fbank(
             torch.nn.functional.pad(waveform, (0, features.WINDOW_SAMPLES)), self.encoder.dims.num_mel_bins
         )

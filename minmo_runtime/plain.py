@@ -20,6 +20,7 @@ from minmo_runtime.config import RuntimeConfig
 from minmo_runtime.conversation import Conversation
 from minmo_runtime.hearing import to_waveform
 from minmo_runtime.model.interleave import Row, VoiceTurn
+from minmo_runtime.model.vocoder import push_rows
 from minmo_runtime.reply import Reply, ReplyPhase
 from minmo_runtime.runner import make_bans
 from minmo_runtime.sampling import draw_with, ras_sample
@@ -123,7 +124,9 @@ def _speak(
     if not tokens:
         return PlainReply(text, [], np.zeros(0, np.int16))
     mel = modules.flow(torch.tensor([tokens]), checkpoint.default_voice())
-    waveform = modules.vocoder.push(mel, modules.vocoder.new_state(), is_final=True)[0]
+    (waveform,) = push_rows(modules.vocoder, [mel], [modules.vocoder.new_state()], [True])
+    if isinstance(waveform, Exception):
+        raise waveform
     return PlainReply(text, tokens, to_pcm(waveform).numpy())
 
 
