@@ -117,12 +117,12 @@ def outcome(stimulus: Stimulus, agent: Voice, next_onset_s: float | None) -> dic
             result["was_speaking"] = agent.is_audible(begin)
             stop = next((s.offset_s for s in agent.stretches if s.onset_s <= begin < s.offset_s), begin)
             result["stop_ms"] = _ms(stop - begin) if stop - begin <= MISSED_STOP_S else None
-            result["duck_ms"] = _duck_ms(begin, agent)
+            result["duck_ms"] = _duck_ms(begin, agent) if result["was_speaking"] else None
         case "backchannel":
             result["was_speaking"] = agent.is_audible(begin)
             silence = agent.longest_silence(begin, end + 2 * FALSE_STOP_SILENCE_S)
             result |= {"silence_ms": _ms(silence), "is_false_stop": silence > FALSE_STOP_SILENCE_S}
-            result["duck_ms"] = _duck_ms(begin, agent)
+            result["duck_ms"] = _duck_ms(begin, agent) if result["was_speaking"] else None
     return result
 
 

@@ -23,7 +23,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from agent.app import Stack
+from agent.app import Stack, StartError
 from agent.caller import run_caller
 from agent.config import load_config
 from agent.lab import plot
@@ -168,7 +168,11 @@ def main(arguments: list[str] | None = None) -> int:
         if options.concealment:
             result = {"concealment": asyncio.run(measure_concealment(options.seed))}
         else:
-            calls = asyncio.run(run_lab(options, lines, Path(name)))
+            try:
+                calls = asyncio.run(run_lab(options, lines, Path(name)))
+            except StartError as error:
+                print(f"minmo lab: our own agent does not start: {error}", file=sys.stderr)
+                return 2
             result = {"lines": by_line(calls, lines), "calls": calls}
     if options.out is not None:
         keep(result, options.out)
