@@ -38,7 +38,15 @@ from minmo_runtime.profiles import (
     sources,
     sources_of,
 )
-from minmo_runtime.weights import Checkpoint, CheckpointError, load_checkpoint, module_of, parts
+from minmo_runtime.weights import (
+    Checkpoint,
+    CheckpointError,
+    load_checkpoint,
+    module_of,
+    parts,
+    save_weights,
+    toml_of,
+)
 from tests.minmo_runtime.public_files import write_public_checkpoint
 
 CONFIG = RuntimeConfig(max_streams=2, max_reply_tokens=8, max_voice_tokens=60)
@@ -122,6 +130,24 @@ def test_a_missing_public_file_names_the_command_that_brings_it(public: tuple[Pa
     (models / "cosyvoice2-0.5b" / "flow.pt").unlink()
     with pytest.raises(CheckpointError, match=r"flow\.pt: not there; run `minmo models fetch minmo-8b`"):
         load_checkpoint(public[0], models=models)
+
+
+def test_a_bridge_falls_away_when_its_connector_lies_in_the_profiles_folder(tmp_path: Path) -> None:
+    folder, models = write_public_checkpoint(tmp_path)
+    contents = read_profile(folder)
+    sizes = {"llm_hidden_size": contents["llm"]["hidden_size"], "semantic_size": contents["voice_lm"]["hidden_size"]}
+    contents["output_projector"] |= sizes
+    (folder / "checkpoint.toml").write_text(toml_of(contents))
+    save_weights(
+        module_of("output_projector", contents["output_projector"]),
+        models / "minmo-8b" / "output_projector.safetensors",
+    )
+    checkpoint = load_checkpoint(folder, models=models)
+    assert checkpoint.bridges == ("in", "duplex")
+    call = Call(checkpoint)
+    call.events += call.engine.receive(Say(call_id="c", turn_id="1", text="hello you"), call.now)
+    call.run()
+    assert call.of(AudioDelta) and not call.of(StreamFailed)
 
 
 def test_a_missing_shard_is_named(public: tuple[Path, Path], tmp_path: Path) -> None:
