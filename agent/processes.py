@@ -58,8 +58,7 @@ class Child:
         try:
             await self._keep_running(max_failed_starts)
         finally:
-            if self.process is not None and self.process.returncode is None:
-                self.process.kill()  # cancelled while it was being started: `stop` could not see it
+            self.signal(signal.SIGKILL)  # cancelled while it was being started: `stop` could not see it
 
     async def _keep_running(self, max_failed_starts: int) -> None:
         loop = asyncio.get_running_loop()
@@ -92,8 +91,7 @@ class Child:
             await asyncio.wait({ended}, timeout=_SIGTERM_EVERY_S)
         if not ended.done():
             log.error("%s does not end, killed", self.spec.name)
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
+            self.signal(signal.SIGKILL)
             await ended
 
     async def ended(self) -> None:
@@ -103,8 +101,9 @@ class Child:
 
     def signal(self, number: int) -> None:
         if self.process is not None and self.process.returncode is None:
+            # Not Process.send_signal: it may collect the exit status itself, and asyncio then invents another one.
             with contextlib.suppress(ProcessLookupError):
-                self.process.send_signal(number)
+                os.kill(self.process.pid, number)
 
     async def _start(self) -> None:
         self.num_starts += 1
