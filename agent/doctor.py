@@ -163,7 +163,7 @@ def _model(config: Config) -> Iterator[Finding]:
     parts = ", ".join(part for part, module in vars(checkpoint.modules).items() if module is not None)
     yield Finding("checkpoint", state, f"{checkpoint.label} ({size_mib:.1f} MiB in memory): {parts}")
     for warning in checkpoint.warnings:
-        yield Finding("checkpoint", State.WARNING, warning)
+        yield Finding("checkpoint note", State.WARNING, warning)
 
 
 def _sources(contents: dict[str, Any], files: Files) -> Iterator[Finding]:

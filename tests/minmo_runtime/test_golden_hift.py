@@ -103,6 +103,8 @@ def test_source_is_voiced_where_the_reference_says(case: tuple[HiftVocoder, Tens
 def test_streamed_pieces_put_together_are_the_references_wave(case: tuple[HiftVocoder, Tensors]) -> None:
     vocoder, io = case
     v = scenario(io, "stream")
+    if "out.concat" not in v:
+        pytest.skip("stream.out.concat is not in this golden folder")
     state, start, made = vocoder.new_state(), 0, []
     sizes = v["in.chunk_frames"].tolist()
     for index, size in enumerate(sizes):
