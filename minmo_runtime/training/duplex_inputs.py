@@ -103,7 +103,12 @@ def segments_of(scene: Scene, config: RuntimeConfig, chunk: int) -> list[np.ndar
 def encode(encoder: VoiceEncoder, segments: list[np.ndarray]) -> list[EncodedSegment]:
     """Many segments at once, those of similar length together."""
     chunk = encoder.fbank_frames_per_chunk
-    rows = [whole_chunks(features.fbank(to_waveform(pcm)), chunk) for pcm in segments]
+    # A turn that is taken may close a segment before its first window of samples: nothing of it is encoded.
+    too_short = torch.zeros(0, encoder.dims.num_mel_bins)
+    rows = [
+        whole_chunks(features.fbank(to_waveform(pcm)), chunk) if features.num_frames(len(pcm)) else too_short
+        for pcm in segments
+    ]
     order = sorted((index for index, row in enumerate(rows) if len(row)), key=lambda index: len(rows[index]))
     width = encoder.dims.output_size
     done = [EncodedSegment(torch.zeros(0, width), np.zeros((0, 1), np.float32)) for _ in rows]

@@ -13,7 +13,7 @@ from minmo_runtime.duplex_steps import NUM_FACTS
 from minmo_runtime.engine import Engine
 from minmo_runtime.model.duplex import CLASSES, StepInputs
 from minmo_runtime.random_checkpoint import TINY, write_random_checkpoint
-from minmo_runtime.training.duplex_inputs import packets, steps_of
+from minmo_runtime.training.duplex_inputs import encode, packets, steps_of
 from minmo_runtime.training.duplex_scenes import LABEL, Scene
 from minmo_runtime.weights import Checkpoint, load_checkpoint
 
@@ -91,3 +91,8 @@ def test_predictions_are_masked_and_sum_to_one(checkpoint: Checkpoint) -> None:
     found = predictions(checkpoint, a_scene(2), 50)
     np.testing.assert_allclose(found.sum(1), 1.0, atol=1e-5)
     assert (found[:, [LABEL["interrupt"], LABEL["backchannel"]]] == 0).all()
+
+
+def test_a_segment_too_short_for_one_window_is_encoded_as_nothing(checkpoint: Checkpoint) -> None:
+    too_short, whole = encode(checkpoint.modules.encoder, [np.zeros(320, np.int16), np.zeros(3200, np.int16)])
+    assert len(too_short.frames) == 0 and len(whole.frames) == 8
