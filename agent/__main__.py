@@ -221,8 +221,9 @@ def models_fetch(
 ) -> None:
     """Download what a profile needs; goes on where a broken download stopped."""
     from minmo_runtime import models as files
+    from minmo_runtime import profiles
 
-    folder = files.models_folder(settings(config).runtime.models_folder)
+    folder = profiles.models_folder(settings(config).runtime.models_folder)
     try:
         wanted = files.wanted_sources(names or ["public"])
         files.fetch(wanted, folder, hub=hub, endpoint=endpoint, is_accepted=accept, say=typer.echo)
@@ -239,8 +240,9 @@ def models_import(
 ) -> None:
     """Copy what a profile needs out of a folder, for a machine without network."""
     from minmo_runtime import models as files
+    from minmo_runtime import profiles
 
-    target = files.models_folder(settings(config).runtime.models_folder)
+    target = profiles.models_folder(settings(config).runtime.models_folder)
     try:
         files.import_folder(
             files.wanted_sources(names or ["public"]), folder, target, is_accepted=accept, say=typer.echo
@@ -253,10 +255,11 @@ def models_import(
 def models_verify(names: Names = None, config: ConfigFile = None) -> None:
     """Compare every file with its sum; exit 1 where one differs or is missing."""
     from minmo_runtime import models as files
+    from minmo_runtime import profiles
 
     try:
         wanted = files.wanted_sources(names or ["public"])
-        problems = files.verify(wanted, files.models_folder(settings(config).runtime.models_folder))
+        problems = files.verify(wanted, profiles.models_folder(settings(config).runtime.models_folder))
     except files.ModelsError as error:
         fail(str(error))
     for problem in problems:
@@ -275,7 +278,7 @@ def models_voice(
 ) -> None:
     """Make the prompt voice that CosyVoice 2 continues, from a few seconds of speech."""
     from minmo_runtime import prompt_voice
-    from minmo_runtime.models import models_folder
+    from minmo_runtime.profiles import models_folder
 
     if not consent:
         fail("a voice is a person's: run again with --speaker-consents once that person agreed to be imitated")

@@ -121,7 +121,8 @@ class CaptionSearch:
         """The best prefix, judged as if the utterance ended here."""
         if not self._greedy.tokens:
             return []  # nothing rose above the blank in any frame: noise, and no n-gram may speak for it
-        return list(max(self._prefixes, key=self._final_score))
+        best: tuple[int, ...] = max(self._prefixes, key=self._final_score)
+        return list(best)
 
     @property
     def confidence(self) -> float:

@@ -185,7 +185,8 @@ def _from_huggingface(source: Source, folder: Path, endpoint: str) -> dict[str, 
     )
     names = state_of(source, folder.parent).present
     entries = huggingface_hub.HfApi(endpoint=address).get_paths_info(source.huggingface, list(names))
-    return {entry.path: entry.lfs.sha256 for entry in entries if getattr(entry, "lfs", None) is not None}
+    large = ((entry.path, getattr(entry, "lfs", None)) for entry in entries)  # the hub hashes its large files only
+    return {path: lfs.sha256 for path, lfs in large if lfs is not None}
 
 
 def _from_modelscope(source: Source, folder: Path, endpoint: str) -> None:

@@ -25,7 +25,7 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VENV = os.path.join(ROOT, ".venv")
 VENV_PYTHON = os.path.join(VENV, "bin", "python")
-EXTRAS = {"run": "model,sip", "dev": "model,sip,dev", "train": "model,sip,dev,train"}
+EXTRAS = {"run": "model,sip,webrtc", "dev": "model,sip,dev", "train": "model,sip,dev,train"}
 SUPPORTED = ((3, 11), (3, 12))
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # PyTorch's public index of CPU builds
 TRY_AGAIN = "make venv   # after checking the network and the pip sources above"

@@ -72,7 +72,7 @@ def packets(scene: Scene) -> Iterator[tuple[int, bytes, bool, bool, list[str]]]:
         due = []
         while commands and commands[0][0] <= start:
             due.append(commands.pop(0)[1])
-        is_speaking = bool(speaks[min(len(speaks) - 1, np.searchsorted(ends, start, side="right"))])
+        is_speaking = bool(speaks[min(len(speaks) - 1, int(np.searchsorted(ends, start, side="right")))])
         yield start, pcm[start : start + PACKET].tobytes(), bool(flags[index]), is_speaking, due
 
 

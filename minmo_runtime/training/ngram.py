@@ -35,9 +35,7 @@ def count(sentences: Iterable[Sequence[int]], order: int) -> dict[tuple[int, ...
     return followers
 
 
-def write(
-    path: Path, sentences: Iterable[Sequence[int]], vocab_size: int, order: int = 4, min_count: int = 6
-) -> int:
+def write(path: Path, sentences: Iterable[Sequence[int]], vocab_size: int, order: int = 4, min_count: int = 6) -> int:
     """Count and store; n-grams of more than two pieces need `min_count` sightings. Returns how many were kept."""
     if vocab_size + 1 >= 1 << BITS:
         raise ValueError(f"vocab_size {vocab_size}: must be below {(1 << BITS) - 1}")

@@ -80,7 +80,10 @@ def test_every_number_has_a_range(section: str, key: str, value: float) -> None:
         ({"telephony": {"handoff_uri": "sip:a@b"}}, "must be left out, set handoff.uri"),
         ({"handoff": {"uri": "somebody"}}, "handoff.uri = 'somebody': must be sip:user@host"),
         ({"agent": {"log_level": "loud"}}, "agent.log_level = 'loud': must be debug"),
-        ({"runtime": {"max_streams": 1}}, "runtime.max_streams = 1: must be at least the calls at once of telephony (3)"),
+        (
+            {"runtime": {"max_streams": 1}},
+            "runtime.max_streams = 1: must be at least the calls at once of telephony (3)",
+        ),
         ({"storage": {"database_url": "postgresql://minmo:hunter2@db/minmo"}}, "storage.database_url: must not hold"),
     ],
 )
