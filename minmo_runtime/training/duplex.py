@@ -41,6 +41,7 @@ _MARK_KINDS = (
     "pause_digits", "pause_number", "pause_opener", "pause_words", "end", "waits", "backchannel", "interrupt", "noise",
 )  # fmt: skip
 _ODDS = np.exp(np.linspace(-4.0, 4.0, 33))
+DELAY_WEIGHT = 0.2  # a second of silence at p90 weighs as twenty points of pauses taken
 LATER_INTERRUPTS = 0.05  # share that may be noticed later: it halves the stops on "mm hm" and noise
 MAX_UNANSWERED = 0.0  # on the scenes that choose the point; the gate allows 1 % on the others
 
@@ -143,7 +144,8 @@ def operating_point(scenes: list[Judged], bridge: dict[str, float]) -> dict[str,
         for done in _ODDS:
             found = trial(user_waits=waits, user_done=done)
             if is_answered(found):
-                best = min(best, (found["takeover"] + found["takeover_waits"] / 4, float(waits), float(done)))
+                late = DELAY_WEIGHT * found["delay_p90_s"]
+                best = min(best, (found["takeover"] + found["takeover_waits"] / 4 + late, float(waits), float(done)))
     interrupt = 1.0
     for odds in _ODDS:  # as careful as it may be while no fewer interruptions are found
         found = trial(interrupt=odds)
