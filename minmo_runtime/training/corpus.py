@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from minmo_runtime.text import DIGIT_WORDS, speak_digits, time_words
-from minmo_runtime.training.general import ADJECTIVES, NOUNS, general_sentence, random_words
+from minmo_runtime.training.general import ADJECTIVES, ALL_WORDS, NOUNS, NUMBERS, general_sentence, random_words
 
 HERE = Path(__file__).parent
 # Training reads the sentences that the agent says by itself, so that the voice knows them. A data file, not an import.
@@ -147,6 +147,26 @@ def on_day(name: str) -> str:
     return f"on {name}" if name in WEEKDAYS else name
 
 
+def with_strange_words(template: str, intent: str, rng: random.Random) -> str:
+    """Some words that carry neither slot nor intent replaced or lost: callers word things as nobody foresaw."""
+    words = []
+    for word in template.split():
+        if "{" in word or word.startswith(KEPT_STEMS) or (word in KEPT_WORDS and intent in CHANGE_INTENTS):
+            words.append(word)
+        elif rng.random() > STRANGE_WORD_SHARE:
+            words.append(word)
+        elif rng.random() < 0.75:
+            words.append(rng.choice(_carrier_words()))
+    return " ".join(words)
+
+
+@cache
+def _carrier_words() -> tuple[str, ...]:
+    """Words that may stand anywhere without changing what is asked for."""
+    barred = set(NUMBERS) | set(DAYS) | KEPT_WORDS | {"no", "wait", "mean", "sorry", "open", "shut", "for", "to"}
+    return tuple(word for word in ALL_WORDS if word not in barred and not word.startswith(KEPT_STEMS))
+
+
 def fill_phrase(template: str, spoken: str, day_name: str) -> str:
     """Put a spoken number and a day into a caller's phrasing; "on today" becomes "today"."""
     if day_name not in WEEKDAYS:
@@ -192,6 +212,14 @@ WRAPPED_INTENTS = frozenset(
     "order_status order_status_number hours_day hours change change_day change_number change_both person trouble "
     "who_are_you are_you_robot what_can_you_do off_topic how_are_you slower".split()
 )
+# What makes a change of delivery one, and not a question about an order: never replaced, never put in.
+CHANGE_INTENTS = frozenset("change_day change_number change_both".split())
+KEPT_STEMS = ("chang", "mov", "resched", "postpon", "deliver", "bring")
+KEPT_WORDS = frozenset(
+    """day date another different later new better have get send want need like prefer give make arrive
+    it it's my order number instead""".split()
+)
+STRANGE_WORD_SHARE = 0.25
 INTENTS = tuple(name for name, value in phrases().items() if isinstance(value, dict) and name != "shapes")
 
 

@@ -33,6 +33,7 @@ FOLLOW_UPS = {  # what the agent waits for -> what callers then say
 }
 NUMBER_INTENTS = frozenset("order_status_number number_only change_number change_both keypad".split())
 DAY_INTENTS = frozenset("hours_day day_only change_day change_both".split())
+STRANGE_SHARE = 0.3  # of the callers' turns with a value, in training
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,10 @@ class DialogueWriter:
         if 0.08 < draw < 0.13:
             length = rng.choice((2, 3, 4, 4, 6, 6, 7))
             spoken = corpus.spoken_number("".join(rng.choice("0123456789") for _ in range(length)), rng)
-        text = corpus.fill_phrase(corpus.phrase(intent, split, rng), spoken, corpus.day(rng))
+        template = corpus.phrase(intent, split, rng)
+        if split == "train" and intent in NUMBER_INTENTS | DAY_INTENTS and rng.random() < STRANGE_SHARE:
+            template = corpus.with_strange_words(template, intent, rng)
+        text = corpus.fill_phrase(template, spoken, corpus.day(rng))
         if intent in DAY_INTENTS and rng.random() < 0.03:
             text = f"{text} no {corpus.day(rng)}"
         return normalise_spoken(garble(text, rng, self.noise))

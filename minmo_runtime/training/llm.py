@@ -32,6 +32,7 @@ from minmo_runtime.training.stage import StageConfig, part_file
 from minmo_runtime.training.text_tokenizer import TOKENIZER_FILE
 from minmo_runtime.training.text_tokenizer import write as write_tokenizer
 
+DECISION_WEIGHT = 3.0  # of a turn's first token in the loss: speak or call a tool, nearly all mistakes are made there
 GAP = -1  # a position that holds a zero vector
 POOL_BATCHES = 8  # batches cut from one pool sorted by length: little padding
 SLOT_TOOLS = ("look_up_order", "opening_hours", "change_delivery")
@@ -73,8 +74,15 @@ def _extend(row: Row, ids: Sequence[int], is_target: bool) -> None:
 
 
 def _extend_with_gaps(row: Row, ids: Sequence[int], rng: random.Random) -> None:
-    """12.5 positions a second, some three words a second: 0-4 silent ones between tokens, some doubled."""
-    for token in (None, *ids):
+    """12.5 positions a second, some three words a second: 0-4 silent ones between tokens, some doubled.
+
+    Two equal tokens in a row always have silence between them, as behind CTC: one lasting longer is still one.
+    """
+    for previous, token in zip((None, None, *ids), (None, *ids), strict=False):
+        if token is not None and token == previous and row.ids[-1] != GAP:
+            row.ids.append(GAP)
+            row.gains.append(0.0)
+            row.target.append(False)
         if token is not None:
             repeats = [rng.uniform(0.5, 1.0)] + ([rng.uniform(0.3, 0.6)] if rng.random() < 0.2 else [])
             row.ids.extend([token] * len(repeats))
@@ -91,6 +99,7 @@ class Batch:
     ids: Tensor  # [B, T], gaps and padding as 0
     gains: Tensor  # [B, T], 0 at gaps
     target: Tensor  # [B, T] bool: position t is predicted from t - 1
+    weight: Tensor  # [B, T], of the loss
 
 
 def collate(rows: Sequence[Row]) -> Batch:
@@ -98,12 +107,14 @@ def collate(rows: Sequence[Row]) -> Batch:
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     gains = torch.zeros(len(rows), width)
     target = torch.zeros(len(rows), width, dtype=torch.bool)
+    weight = torch.ones(len(rows), width)
     for index, row in enumerate(rows):
         size = len(row.ids)
         ids[index, :size] = torch.tensor([max(0, token) for token in row.ids])
         gains[index, :size] = torch.tensor(row.gains)
         target[index, :size] = torch.tensor(row.target)
-    return Batch(ids, gains, target)
+        weight[index, [first for first, _, _ in row.spans]] = DECISION_WEIGHT
+    return Batch(ids, gains, target, weight)
 
 
 def predict(model: Backbone, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -301,8 +312,11 @@ def run(stage: StageConfig, work_dir: Path, budget_s: float) -> dict[str, float]
     loop = StepLoop(model, settings, folder, budget_s, is_muon_matrix)
 
     def loss_of(step: int) -> Tensor:
-        logits, wanted = predict(model, source.batch(step))
-        return torch.nn.functional.cross_entropy(logits.float(), wanted)
+        batch = source.batch(step)
+        logits, wanted = predict(model, batch)
+        losses = torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
+        weights = batch.weight[:, 1:][batch.target[:, 1:]]
+        return (losses * weights).sum() / weights.sum()
 
     def on_save() -> None:
         ship_llm(work_dir, dims, loop.averaged_state())
