@@ -38,7 +38,7 @@ from agent.recognise import plain_words, word_errors
 from agent.tools.shop import Shop
 from minmo_runtime.config import RuntimeConfig
 from minmo_runtime.engine import Engine, load_engine
-from minmo_runtime.training import corpus, data, synthesis
+from minmo_runtime.training import corpus, data, sentences, synthesis
 from policies.config import PoliciesConfig
 from policies.engine import PolicyEngine
 from policies.facts import CallFacts
@@ -114,7 +114,7 @@ def recognition(engine: Engine, clips: Iterator[tuple[str, bytes]], num_words: i
 
 
 def synthetic_clips(voices: Voices, seed: int) -> Iterator[tuple[str, bytes]]:
-    for text in corpus.caller_utterances(seed, "held", 2_000):
+    for text in sentences.caller_utterances(seed, "held", 2_000):
         yield text, voices.say(text, voices.draw())
 
 

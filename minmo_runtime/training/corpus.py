@@ -1,5 +1,5 @@
-"""What callers and agents say, as text, from a seed: the spoken sentences that speech synthesis reads, and the pieces
-of which `dialogues` builds whole calls.
+"""What callers and agents say, as text: phrasings, numbers, days and replies, the pieces of which `dialogues` builds
+whole calls and `sentences` what speech synthesis reads.
 
 Phrasings marked "held" and a reserved fifth of all order numbers never reach a training split. Knows nothing of audio
 or of tokens. Stage 0a. Data: phrases.toml (callers), replies.toml (model), the agent's own fixed lines (lines.toml of
@@ -15,13 +15,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from minmo_runtime.text import DIGIT_WORDS, speak_digits, time_words
-from minmo_runtime.training.general import ADJECTIVES, ALL_WORDS, NOUNS, NUMBERS, general_sentence, random_words
+from minmo_runtime.text import DIGIT_WORDS, time_words
+from minmo_runtime.training.general import ADJECTIVES, ALL_WORDS, NOUNS, NUMBERS
 
 HERE = Path(__file__).parent
 # Training reads the sentences that the agent says by itself, so that the voice knows them. A data file, not an import.
 AGENT_LINES = HERE.parents[1] / "agent" / "prompts" / "lines.toml"
-SPLITS = ("train", "held")
 NUM_DIGITS = 5
 WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 DAYS = (*WEEKDAYS, "today", "tomorrow")
@@ -42,8 +41,6 @@ SHOPS = (
     "acme orders",
     "harbor books",
 )
-RANDOM_SHARE = 0.28  # of caller sentences: words in no order, so that the encoder learns sounds, not phrases
-GENERAL_SHARE = 0.25  # of agent sentences
 SHAPE_SHARE = 0.6  # of training phrasings: the more ways to say it, the better unseen ones are understood
 
 
@@ -241,70 +238,7 @@ def shop_name(rng: random.Random) -> str:
     return f"{rng.choice(('the', rng.choice(NOUNS)))} {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"
 
 
-# ---------------------------------------------------------------- sentences for speech synthesis
-
-
-def caller_utterance(rng: random.Random, split: str) -> str:
-    """One sentence as a caller speaks it: letters, spaces and apostrophes only."""
-    draw = rng.random()
-    if draw < RANDOM_SHARE:
-        if rng.random() < 0.35:
-            return general_sentence(rng)
-        words = random_words(rng).split()
-        if rng.random() < 0.3:  # domain words out of their phrases
-            words.insert(
-                rng.randint(0, len(words)), rng.choice((*DAYS, "order", "delivery", "number", "open", "person"))
-            )
-        return " ".join(words)
-    if draw < RANDOM_SHARE + 0.17:  # bare numbers: the words that matter most
-        number = order_number(rng, split)
-        if rng.random() < 0.25:
-            number = "".join(rng.choice("0123456789") for _ in range(rng.choice((1, 2, 3, 4, 6, 7))))
-        return spoken_number(number, rng)
-    intent = rng.choice(_WEIGHTED_INTENTS)
-    number = order_number(rng, split)
-    spoken = restarted_number(number, rng) if rng.random() < 0.06 else spoken_number(number, rng)
-    return fill_phrase(phrase(intent, split, rng), spoken, day(rng))
-
-
-_WEIGHTED_INTENTS = (
-    *INTENTS,
-    *(
-        "order_status",
-        "order_status_number",
-        "number_only",
-        "hours_day",
-        "change_day",
-        "change_both",
-        "day_only",
-        "person",
-    )
-    * 2,
-)
-
-
-def caller_utterances(seed: int, split: str, count: int = 4000) -> list[str]:
-    """`count` caller sentences in spoken form. The first pass of a training list covers every phrasing of the split."""
-    _check_split(split)
-    rng = random.Random(f"caller/{split}/{seed}")
-    covering = [
-        fill_phrase(template, spoken_number(order_number(rng, split), rng), day(rng))
-        for intent in INTENTS
-        for template in phrases()[intent][split]
-    ]
-    rng.shuffle(covering)
-    # Covering phrasings are counted in, but never push the random words below their share.
-    covering = covering[: int(count * (1 - RANDOM_SHARE) / 2)]
-    out = covering + [_uncovered(rng, split, len(covering), count) for _ in range(count - len(covering))]
-    rng.shuffle(out)
-    return out
-
-
-def _uncovered(rng: random.Random, split: str, num_covering: int, count: int) -> str:
-    extra = RANDOM_SHARE * num_covering / max(1, count - num_covering)
-    if rng.random() < extra:
-        return general_sentence(rng) if rng.random() < 0.35 else random_words(rng)
-    return caller_utterance(rng, split)
+# ---------------------------------------------------------------- the agent's words
 
 
 def reply(family: str, **slots: str) -> str:
@@ -327,43 +261,6 @@ def random_slots(rng: random.Random, split: str) -> dict[str, str]:
     }
 
 
-def agent_utterance(rng: random.Random, split: str) -> str:
-    """One sentence (or answer of several) as the agent writes it: digits not yet spoken out."""
-    if rng.random() < GENERAL_SHARE:
-        text = general_sentence(rng) if rng.random() < 0.75 else random_words(rng, 3, 8)
-        return text + ("?" if text.startswith(("why", "where", "do you", "what")) else ".")
-    slots = random_slots(rng, split)
-    draw = rng.random()
-    if draw < 0.1 and agent_lines():
-        return rng.choice(agent_lines()).format_map(_Keep(slots))
-    if draw < 0.16:
-        return greeting(rng, slots["name"], slots["shop"])
-    family = rng.choice(_WEIGHTED_REPLIES)
-    text = reply(family, **slots)
-    if family in SPOKEN_WITH_MORE and rng.random() < 0.5:
-        text = f"{text} {replies()['more']}"
-    return text
-
-
-SPOKEN_WITH_MORE = frozenset(
-    "shipped delivered delayed preparing returned cancelled unpaid open_hours closed changed too_late".split()
-)
-_WEIGHTED_REPLIES = (
-    *(name for name in replies() if name != "more"),
-    *sorted(SPOKEN_WITH_MORE),
-    "shipped",
-    "open_hours",
-    "changed",
-)
-
-
-class _Keep(dict[str, str]):
-    """format_map that leaves unknown placeholders out."""
-
-    def __missing__(self, key: str) -> str:
-        return ""
-
-
 def greeting(rng: random.Random, name: str, shop: str) -> str:
     return rng.choice(
         (
@@ -374,22 +271,3 @@ def greeting(rng: random.Random, name: str, shop: str) -> str:
             f"hi, {name} here. what can i do for you?",
         )
     )
-
-
-def agent_utterances(seed: int, split: str, count: int = 4000) -> list[str]:
-    """`count` agent sentences in spoken form with light punctuation; every reply family and every fixed line is among
-    them.
-    """
-    _check_split(split)
-    rng = random.Random(f"agent/{split}/{seed}")
-    slots = random_slots(rng, split)
-    covering = [reply(family, **slots) for family in replies()]
-    covering += [line.format_map(_Keep(slots)) for line in agent_lines()]
-    texts = covering[:count] + [agent_utterance(rng, split) for _ in range(count - len(covering))]
-    rng.shuffle(texts)
-    return [speak_digits(text) for text in texts]
-
-
-def _check_split(split: str) -> None:
-    if split not in SPLITS:
-        raise ValueError(f"split {split!r}: must be one of {', '.join(SPLITS)}")

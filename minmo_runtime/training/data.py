@@ -30,7 +30,7 @@ import torch
 from numpy.random import Generator
 
 from minmo_runtime.features import fbank, num_frames
-from minmo_runtime.training import channel, corpus, synthesis
+from minmo_runtime.training import channel, corpus, sentences, synthesis
 
 RATE_HZ = 16_000
 LANGUAGES = ("en", "zh", "other")
@@ -223,7 +223,7 @@ def utterances(
     people = HumanUtterances(clips) if clips else None
     while True:
         for block, text in enumerate(
-            corpus.caller_utterances(int(rng.integers(1 << 30)), "held" if held_out else "train")
+            sentences.caller_utterances(int(rng.integers(1 << 30)), "held" if held_out else "train")
         ):
             if block % 3 == 0:
                 voice = synthesis.random_caller_voice(rng, held_out)
@@ -260,7 +260,7 @@ def agent_sentences(seed: int, work_dir: Path, split: str, own_voice_share: floa
     espeak = synthesis.Espeak(synthesis.prepare_voice_folder(work_dir / "voices"))
     labels = PhonemeLabels(work_dir / "phonemes.json")
     while True:
-        for text in corpus.agent_utterances(int(rng.integers(1 << 30)), split):
+        for text in sentences.agent_utterances(int(rng.integers(1 << 30)), split):
             own = rng.random() < own_voice_share
             voice = synthesis.AGENT_VOICE if own else synthesis.random_caller_voice(rng, False)
             prosody = synthesis.agent_voice_prosody() if own else synthesis.random_caller_prosody(rng)

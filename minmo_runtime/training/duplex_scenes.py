@@ -17,7 +17,7 @@ from scipy.signal import lfilter
 
 from minmo_runtime.model.duplex import CLASSES
 from minmo_runtime.text import DIGIT_WORDS
-from minmo_runtime.training import channel, corpus, synthesis
+from minmo_runtime.training import channel, corpus, sentences, synthesis
 from minmo_runtime.training.spoken import RATE_HZ, Mouth
 
 LABEL = {name: index for index, name in enumerate(CLASSES)}
@@ -156,7 +156,7 @@ class SceneWriter:
         if waits:
             text = corpus.phrase("wait", self.split, rng)
         elif rng.random() < 0.08:
-            text = corpus.caller_utterance(rng, self.split)
+            text = sentences.caller_utterance(rng, self.split)
         else:
             intent = rng.choices(list(_INTENT_WEIGHTS), list(_INTENT_WEIGHTS.values()))[0]
             spoken = corpus.spoken_number(corpus.order_number(rng, self.split), rng)
@@ -222,12 +222,12 @@ class SceneWriter:
         if draw < 0.4:
             return cough(self.rng)
         if draw < 0.65:
-            text = corpus.caller_utterance(self.random, self.split)
+            text = sentences.caller_utterance(self.random, self.split)
             other = synthesis.random_caller_voice(self.rng, self.split == "held")
             return self.mouth.waveform(text, other, synthesis.random_caller_prosody(self.rng)) * 10 ** (
                 -self.rng.uniform(12, 24) / 20
             )
-        text = corpus.agent_utterance(self.random, "train")
+        text = sentences.agent_utterance(self.random, "train")
         own = self.mouth.waveform(text, synthesis.AGENT_VOICE, synthesis.agent_voice_prosody())
         length = int(self.rng.uniform(0.15, 0.9) * RATE_HZ)
         start = int(self.rng.integers(0, max(1, len(own) - length)))

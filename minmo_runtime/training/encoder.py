@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from minmo_runtime.caption_search import CaptionReader, PieceNgram
 from minmo_runtime.model.dims import EncoderDims
 from minmo_runtime.model.encoder import TAG_GROUPS, VoiceEncoder
-from minmo_runtime.training import corpus, data
+from minmo_runtime.training import data, sentences
 from minmo_runtime.training.batches import Batch, Shard
 from minmo_runtime.training.ngram import NGRAM_FILE, write_for_callers
 from minmo_runtime.training.stage import StageConfig, part_file
@@ -35,7 +35,7 @@ NUM_PHONEMES = 96  # room for every label espeak has shown
 
 def train_ctc_tokenizer(path: Path, speech_dir: Path | None, vocab_size: int) -> Tokenizer:
     """Word pieces over everything a caller may say; id 0 is the CTC blank; `▁` begins a word."""
-    texts = corpus.caller_utterances(7, "train", 20_000) + corpus.agent_utterances(7, "train", 4_000)
+    texts = sentences.caller_utterances(7, "train", 20_000) + sentences.agent_utterances(7, "train", 4_000)
     if speech_dir:
         texts += [clip.text for clip in data.human_clips(speech_dir)]
     tokenizer = Tokenizer(models.BPE())

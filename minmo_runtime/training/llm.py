@@ -25,7 +25,8 @@ from minmo_runtime.model.backbone import Backbone
 from minmo_runtime.model.dims import BackboneDims
 from minmo_runtime.number_guide import NumberGuide
 from minmo_runtime.text import TextTokenizer, chat_turn
-from minmo_runtime.training.dialogues import Turn, copy_task, dialogue
+from minmo_runtime.training.copy_tasks import copy_task
+from minmo_runtime.training.dialogues import Turn, dialogue
 from minmo_runtime.training.loop import LoopSettings, StepLoop
 from minmo_runtime.training.resume import load_tensors, save_tensors
 from minmo_runtime.training.stage import StageConfig, part_file

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from minmo_runtime.caption_search import BITS, EDGE, pack
-from minmo_runtime.training import corpus
+from minmo_runtime.training import sentences
 
 NGRAM_FILE = "caption_ngram.safetensors"
 NUM_LISTS = 40  # lists of 4,000 sentences
@@ -98,6 +98,6 @@ def _save(
 
 def write_for_callers(path: Path, tokenizer: Tokenizer, num_lists: int = NUM_LISTS) -> int:
     """From the corpus, training split only."""
-    texts = [text for index in range(num_lists) for text in corpus.caller_utterances(FIRST_SEED + index, "train")]
+    texts = [text for index in range(num_lists) for text in sentences.caller_utterances(FIRST_SEED + index, "train")]
     sentences = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
     return write(path, sentences, tokenizer.get_vocab_size())

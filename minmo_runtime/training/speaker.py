@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minmo_runtime.model.speaker import SpeakerDims, SpeakerEncoder
-from minmo_runtime.training import corpus, synthesis
+from minmo_runtime.training import sentences, synthesis
 from minmo_runtime.training.loop import LoopSettings, StepLoop
 from minmo_runtime.training.resume import save_tensors
 from minmo_runtime.training.spoken import Mouth, Ragged, load_arrays, save_arrays
@@ -27,7 +27,7 @@ def make_data(path: Path, work_dir: Path, settings: dict[str, int], seed: int, h
     """Utterances of many voices: `features` rows and `labels` (index of the voice)."""
     rng = np.random.default_rng([seed, held_out])
     mouth = Mouth(work_dir)
-    texts = corpus.caller_utterances(seed, "held" if held_out else "train", 3000)
+    texts = sentences.caller_utterances(seed, "held" if held_out else "train", 3000)
     names: list[str] = []
     while len(names) < settings["num_held_voices" if held_out else "num_voices"]:
         name = synthesis.random_caller_voice(rng, held_out)

@@ -15,7 +15,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from minmo_runtime.text import TextTokenizer, normalise_spoken, system_prompt
-from minmo_runtime.training import corpus, general
+from minmo_runtime.training import corpus, general, sentences
 from minmo_runtime.training.stage import StageConfig
 
 SPECIAL_TOKENS = (
@@ -52,11 +52,11 @@ def hanzi() -> list[str]:
 def word_counts(seed: int = 0) -> Counter[str]:
     """How often each word is used by the domain; words of general English at least a little."""
     counts: Counter[str] = Counter()
-    for text in corpus.caller_utterances(seed, "train", 20_000):
+    for text in sentences.caller_utterances(seed, "train", 20_000):
         counts.update(normalise_spoken(text).split())
         counts.update(text.split())
     rng = random.Random(seed)
-    for text in corpus.agent_utterances(seed, "train", 20_000):
+    for text in sentences.agent_utterances(seed, "train", 20_000):
         counts.update(text.replace(".", " ").replace(",", " ").replace("?", " ").split())
     for _ in range(200):
         style = f"speak in a {rng.choice(('calm', 'friendly'))} voice at a normal pace."
@@ -126,8 +126,8 @@ def run(stage: StageConfig, work_dir: Path, budget_s: float) -> dict[str, float]
     if not path.exists():
         write(path, stage.seed)
     tokenizer = TextTokenizer.from_file(path)
-    callers = corpus.caller_utterances(stage.seed + 1, "train", 2000)
-    texts = callers + corpus.agent_utterances(stage.seed + 1, "train", 2000)
+    callers = sentences.caller_utterances(stage.seed + 1, "train", 2000)
+    texts = callers + sentences.agent_utterances(stage.seed + 1, "train", 2000)
     words = {word for text in callers for word in text.split()}  # the agent's hold made-up names, which are pieces
     num_whole = sum(len(tokenizer.encode(word)) == 1 for word in words)
     num_words = sum(len(text.split()) for text in texts)

@@ -31,7 +31,7 @@ from minmo_runtime.features import fbank
 from minmo_runtime.model.dims import EncoderDims, VoiceTokenizerDims
 from minmo_runtime.model.encoder import VoiceEncoder, collapse
 from minmo_runtime.model.voice_tokenizer import VoiceTokenizer, pad_features
-from minmo_runtime.training import corpus, data, synthesis
+from minmo_runtime.training import data, sentences, synthesis
 from minmo_runtime.training.batches import Batch, Shard
 from minmo_runtime.training.encoder import NUM_PHONEMES, held_out_sets, load_encoder, recognise, word_error_rate
 from minmo_runtime.training.stage import StageConfig, part_file
@@ -258,7 +258,7 @@ def write_agent_codes(tokenizer: VoiceTokenizer, work_dir: Path, num_train: int,
     waveforms: list[np.ndarray] = []
     held: list[bool] = []
     for split, count in (("train", num_train), ("held", num_held)):
-        for text in corpus.agent_utterances(31, split, count):
+        for text in sentences.agent_utterances(31, split, count):
             raw, _ = espeak.synthesise(text, synthesis.AGENT_VOICE, synthesis.agent_voice_prosody())
             raw, _ = synthesis.trim_silence(raw, synthesis.ESPEAK_RATE_HZ)
             wave = soxr.resample(raw, synthesis.ESPEAK_RATE_HZ, OUTPUT_RATE_HZ).astype(np.float32) * 0.6

@@ -204,7 +204,7 @@ def evaluate(model: SourceFilterVocoder, data: AgentSpeech) -> dict[str, float]:
 
 def run(stage: StageConfig, work_dir: Path, budget_s: float) -> dict[str, float]:
     """Train until `budget_s` CPU seconds in all are spent, then score on held-out sentences."""
-    from minmo_runtime.training.corpus import agent_utterances
+    from minmo_runtime.training.sentences import agent_utterances
 
     torch.set_num_threads(1)
     settings, folder = stage.settings, stage.folder(work_dir)

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from minmo_runtime.text import digit_runs, parse_tool_line, speak_digits, system_prompt
-from minmo_runtime.training import corpus
-from minmo_runtime.training.dialogues import Turn, copy_task, dialogue
+from minmo_runtime.training import corpus, sentences
+from minmo_runtime.training.copy_tasks import copy_task
+from minmo_runtime.training.dialogues import Turn, dialogue
 from minmo_runtime.training.noise import garble
 
 MIN_PHRASINGS = {  # the seven intents of the domain; small talk may have fewer
@@ -65,7 +66,7 @@ def test_a_fifth_of_the_numbers_never_reaches_training() -> None:
 
 
 def test_caller_sentences_are_letters_only_and_cover_every_phrasing() -> None:
-    texts = corpus.caller_utterances(1, "train", 6000)
+    texts = sentences.caller_utterances(1, "train", 6000)
     assert len(texts) == 6000
     assert not {mark for text in texts for mark in re.findall(r"[^a-z' ]", text)}
     spoken = set(texts)
@@ -74,7 +75,7 @@ def test_caller_sentences_are_letters_only_and_cover_every_phrasing() -> None:
 
 
 def test_agent_sentences_cover_every_reply_and_every_fixed_line() -> None:
-    spoken = set(corpus.agent_utterances(2, "train", 3000))
+    spoken = set(sentences.agent_utterances(2, "train", 3000))
     for family, text in corpus.replies().items():
         if "{" not in text:
             assert text in spoken, family
@@ -89,11 +90,11 @@ def test_the_agents_own_lines_are_found() -> None:
 
 
 def test_seeds_decide_everything() -> None:
-    assert corpus.caller_utterances(4, "held", 50) == corpus.caller_utterances(4, "held", 50)
+    assert sentences.caller_utterances(4, "held", 50) == sentences.caller_utterances(4, "held", 50)
     assert dialogue(9, "train") == dialogue(9, "train")
     assert dialogue(9, "train") != dialogue(10, "train")
     with pytest.raises(ValueError, match="split 'test'"):
-        corpus.caller_utterances(4, "test")
+        sentences.caller_utterances(4, "test")
 
 
 def test_called_values_stand_in_the_callers_words() -> None:

@@ -19,7 +19,7 @@ from minmo_runtime.text import (
     system_prompt,
     time_words,
 )
-from minmo_runtime.training import corpus
+from minmo_runtime.training import corpus, sentences
 from minmo_runtime.training.text_tokenizer import build
 
 
@@ -132,7 +132,7 @@ def test_decoding_gives_the_text_back_also_piece_by_piece(tokenizer: TextTokeniz
 
 
 def test_every_word_of_the_domain_is_one_token(tokenizer: TextTokenizer) -> None:
-    words = {word for text in corpus.caller_utterances(5, "train", 1500) for word in text.split()}
+    words = {word for text in sentences.caller_utterances(5, "train", 1500) for word in text.split()}
     split = sorted(word for word in words if len(tokenizer.encode(word)) > 1)
     assert len(split) <= 0.01 * len(words), split
 
