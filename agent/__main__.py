@@ -377,6 +377,24 @@ def db_verify(config: ConfigFile = None) -> None:
     raise typer.Exit(verdict["broken_at_id"] is not None)
 
 
+@db.command(name="security")
+def db_security(
+    kind: Annotated[str, typer.Option(help="Only of this kind, e.g. unlisted_source, flood, malformed.")] = "",
+    limit: Annotated[int, typer.Option(min=1, max=10_000)] = 100,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """What strangers and broken peers tried, latest first."""
+    events = show.security(settings(config).storage, limit=limit, kind=kind)
+    if as_json:
+        typer.echo(show.as_json(events))
+        return
+    for row in events:
+        typer.echo(
+            f"{row['last_at']}  {row['kind']:<16} {row['source_address']:<24} {row['count']:>6}  {row['detail']}"
+        )
+
+
 # ------------------------------------------------------------------ access
 
 

@@ -24,6 +24,7 @@ from agent.checkpoint import checkpoint_facts, checkpoint_folder
 from agent.config import Config
 from agent.engine_link import EngineLink
 from agent.events import ShutDown
+from agent.live_call import utc_now
 from agent.prompts.lines import LineBook
 from agent.reception import Reception
 from agent.run_folder import ENGINE_SOCKET, MONITOR_SOCKET, browser_socket, media_socket, read_settings
@@ -32,6 +33,7 @@ from storage.calls import CallStore
 from telephony.client import WorkerClient, WorkerLost
 from telephony.config import TelephonyConfig
 from telephony.webrtc.config import media_config
+from telephony.wire import SecurityEvent
 
 log = logging.getLogger(__name__)
 RESUME_WINDOW_S = 2.0  # a worker that kept calls offers them within this long after we connected
@@ -129,7 +131,7 @@ class AgentProcess:
                 is_first = False
                 group.create_task(self._close_orphans(), name="agent/orphans")
                 print(json.dumps({"ready": True, "sip_port": client.hello.sip_port}), flush=True)
-            client.on_security_event = lambda event: log.warning("security: %s", event)
+            client.on_security_event = self._on_security_event
             try:
                 async for leg in client.legs():
                     group.create_task(self.reception.guard(leg), name=f"agent/leg-{leg.leg_id}")
@@ -137,6 +139,21 @@ class AgentProcess:
                 await client.close()
             if not self._draining.is_set():
                 log.warning("the media worker is gone")
+
+    def _on_security_event(self, event: SecurityEvent) -> None:
+        """A row of its own, which belongs to no call."""
+        log.warning("security: %s", event)
+        now = utc_now()
+
+        def keep() -> None:
+            try:
+                self.store.note_security(
+                    event.kind, event.source_address, now=now, count=event.count, detail=event.detail
+                )
+            except Exception:
+                log.exception("a security event is not kept")
+
+        self.writer.submit(keep)
 
     async def _close_orphans(self) -> None:
         """Calls of an earlier agent that no worker offered again are over."""

@@ -45,6 +45,7 @@ from storage.masking import mask_card_numbers, mask_value
 from storage.projection import UPDATABLE_CALL, UPDATABLE_TURN
 from storage.recordings import CallRecorder, RecordingReader, Segment
 from storage.search import CallReader
+from storage.security import note_security_event
 from storage.writer import Writer, commit_entries
 
 __all__ = ["CallStore", "JournalUnavailable", "StorageError", "StorageFull", "UnknownCall"]
@@ -169,6 +170,22 @@ class CallStore:
         """Something we did wrong in this call, e.g. kind="watchdog_recover"."""
         masked = mask_card_numbers(detail, is_heard=True)
         self._append(e.DefectAdded, call_id, now, sync=True, kind_of_defect=kind, detail=masked, turn_id=turn_id)
+
+    def record_handoff(
+        self, call_id: str, handoff_id: str, *, target: str, state: str, now: dt.datetime, reason: str = "",
+        summary: str = "",
+    ) -> None:  # fmt: skip
+        """A person is called: calling (with what that person is told), then answered, accepted, failed or abandoned."""
+        masked = mask_card_numbers(summary, is_heard=True)
+        fields = {"handoff_id": handoff_id, "target": target, "state": state, "reason": reason, "summary": masked}
+        self._append(e.HandoffRecorded, call_id, now, sync=True, **fields)
+
+    def note_security(
+        self, kind: str, source_address: str, *, now: dt.datetime, count: int = 1, detail: str = ""
+    ) -> None:
+        """What somebody tried, who has no call: straight into SQL (security.py)."""
+        masked = mask_card_numbers(detail)
+        note_security_event(self.engine, kind, source_address, now=now, count=count, detail=masked)
 
     # ----------------------------------------------------------------- the turns
 
@@ -298,19 +315,22 @@ class CallStore:
             (recorder.pause if name == _PAUSED else recorder.go_on)(sample)
         return recorder
 
-    def pause_recording(self, call_id: str, sample: int, *, now: dt.datetime) -> None:
-        """Nothing from leg sample `sample` on is kept until `go_on_recording`; also after a death of this process."""
-        self._switch_recording(call_id, _PAUSED, sample, now)
+    def pause_recording(self, call_id: str, sample: int, *, now: dt.datetime, by: str = "") -> None:
+        """Nothing from leg sample `sample` on is kept until `go_on_recording`; also after a death of this process.
 
-    def go_on_recording(self, call_id: str, sample: int, *, now: dt.datetime) -> None:
-        self._switch_recording(call_id, _WENT_ON, sample, now)
+        `by`: who wanted it; it stands in the journal.
+        """
+        self._switch_recording(call_id, _PAUSED, sample, now, by)
 
-    def _switch_recording(self, call_id: str, name: str, sample: int, now: dt.datetime) -> None:
+    def go_on_recording(self, call_id: str, sample: int, *, now: dt.datetime, by: str = "") -> None:
+        self._switch_recording(call_id, _WENT_ON, sample, now, by)
+
+    def _switch_recording(self, call_id: str, name: str, sample: int, now: dt.datetime, by: str) -> None:
         with self._lock:
             recorder = self._open(call_id).recorder
         if recorder is not None:
             (recorder.pause if name == _PAUSED else recorder.go_on)(sample)
-        self._append(e.EventAppended, call_id, now, sync=True, name=name, fields={"sample": sample})
+        self._append(e.EventAppended, call_id, now, sync=True, name=name, fields={"sample": sample, "by": by})
 
     def notice_finished(self, call_id: str, sample: int, *, now: dt.datetime) -> None:
         with self._lock:

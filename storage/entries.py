@@ -130,6 +130,16 @@ class DefectAdded(Entry, frozen=True):
     turn_id: str = ""
 
 
+class HandoffRecorded(Entry, frozen=True):
+    """A person is called to take this call over: first `calling`, with the summary; later how it ended, same id."""
+
+    handoff_id: str
+    target: str
+    state: str  # calling | answered | accepted | failed | abandoned
+    reason: str = ""
+    summary: str = ""
+
+
 class DeliveryChanged(Entry, frozen=True):
     order_number: str
     day: str
@@ -169,6 +179,7 @@ AnyEntry = (
     | ToolCallRecorded
     | CallbackRequested
     | DefectAdded
+    | HandoffRecorded
     | DeliveryChanged
     | RecordingSegmentAdded
     | EventAppended

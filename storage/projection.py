@@ -24,6 +24,7 @@ from storage.entries import (
     DefectAdded,
     DeliveryChanged,
     EventAppended,
+    HandoffRecorded,
     MetricAdded,
     RecordingSegmentAdded,
     ToolCallRecorded,
@@ -116,6 +117,15 @@ def _add_defect(connection: Connection, entry: DefectAdded) -> None:
     insert_new(connection, tables.defects, row | {"turn_id": entry.turn_id, "at": entry.at})
 
 
+def _record_handoff(connection: Connection, entry: HandoffRecorded) -> None:
+    key = {"call_id": entry.call_id, "handoff_id": entry.handoff_id}
+    ended_at = None if entry.state in ("calling", "answered") else entry.at
+    fields = {"state": entry.state, "reason": entry.reason, "ended_at": ended_at}
+    first = {"target": entry.target, "summary": entry.summary, "begun_at": entry.at}
+    if not insert_new(connection, tables.handoffs, key | first | fields):
+        _set(connection, tables.handoffs, key, fields)
+
+
 def _change_delivery(connection: Connection, entry: DeliveryChanged) -> None:
     fields = {"day": entry.day, "changed_by_call_id": entry.call_id}
     _set(connection, tables.orders, {"order_number": entry.order_number}, fields)
@@ -140,6 +150,7 @@ _PROJECTIONS: dict[type, Callable[[Connection, Any], None]] = {
     ToolCallRecorded: _record_tool_call,
     CallbackRequested: _request_callback,
     DefectAdded: _add_defect,
+    HandoffRecorded: _record_handoff,
     DeliveryChanged: _change_delivery,
     RecordingSegmentAdded: _add_segment,
     EventAppended: _nothing_more,

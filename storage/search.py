@@ -69,7 +69,8 @@ class CallReader:
         return self._rows(query.limit(max(1, min(limit, MAX_ROWS))))
 
     def get_call(self, call_id: str) -> dict[str, Any]:
-        """The call with `turns`, `metrics`, `tool_calls`, `callback_requests`, `defects` and `recording` (or None)."""
+        """The call with `turns`, `metrics`, `tool_calls`, `callback_requests`, `defects`, `handoffs` and `recording`
+        (or None)."""
         rows = self._rows(sa.select(tables.calls).where(tables.calls.c.call_id == call_id))
         if not rows:
             raise UnknownCall(call_id)
@@ -79,6 +80,7 @@ class CallReader:
         call["tool_calls"] = self._of_call(tables.tool_calls, call_id, "requested_at")
         call["callback_requests"] = self._of_call(tables.callback_requests, call_id, "seq")
         call["defects"] = self._of_call(tables.defects, call_id, "seq")
+        call["handoffs"] = self._of_call(tables.handoffs, call_id, "begun_at")
         reader = self.open_recording(call_id)
         call["recording"] = None
         if reader is not None:

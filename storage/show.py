@@ -2,7 +2,8 @@
 
 show.export(config, "csv", CallFilter(...), actor=…, now=…)
 show.create(config)            show.seed(config)            show.list_calls(config, limit=20)
-show.show_call(config, id)     show.last_call_id(config)    show.verify(config)      show.as_json(value)
+show.show_call(config, id)     show.last_call_id(config)    show.verify(config)      show.security(config)
+show.as_json(value)
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from storage.export import WRITERS, CallFilter
 from storage.orders import list_orders, seed_demo_shop
 from storage.recordings import RecordingReader
 from storage.search import CallReader
+from storage.security import list_security_events
 from storage.tables import metadata
 
 
@@ -86,6 +88,12 @@ def verify(config: StorageConfig) -> dict[str, Any]:
     with _reading(config) as reader:
         verdict = verify_audit(reader.engine)
         return {"rows": verdict.num_rows, "last_hash": verdict.last_hash, "broken_at_id": verdict.broken_at_id}
+
+
+def security(config: StorageConfig, *, limit: int = 100, kind: str = "") -> list[dict[str, Any]]:
+    """What strangers and broken peers tried, latest first."""
+    with _reading(config) as reader:
+        return [_plain(event) for event in list_security_events(reader.engine, limit=limit, kind=kind)]
 
 
 def as_json(value: Any) -> str:

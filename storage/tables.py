@@ -214,6 +214,33 @@ campaign_versions = sa.Table(
     sa.Column("first_used_at", UtcDateTime, nullable=False),
 )
 
+security_events = sa.Table(
+    "security_events",
+    metadata,
+    sa.Column("id", _BigKey, primary_key=True, autoincrement=True),
+    sa.Column("kind", sa.String(32), nullable=False),  # kinds of telephony/wire.SecurityEvent
+    _text("source_address", length=128),
+    sa.Column("first_at", UtcDateTime, nullable=False),
+    sa.Column("last_at", UtcDateTime, nullable=False, index=True),
+    sa.Column("count", sa.BigInteger, nullable=False),
+    _text("detail"),
+    sa.Index("ix_security_events_kind_source", "kind", "source_address"),
+    sqlite_autoincrement=True,
+)
+
+handoffs = sa.Table(
+    "handoffs",
+    metadata,
+    _of_call(primary_key=True),
+    sa.Column("handoff_id", sa.String(64), primary_key=True),
+    _text("target"),
+    sa.Column("state", sa.String(16), nullable=False),  # calling | answered | accepted | failed | abandoned
+    _text("reason"),
+    _text("summary"),  # what the person was told: from the transcript and the tools' results, nothing else
+    sa.Column("begun_at", UtcDateTime, nullable=False),
+    sa.Column("ended_at", UtcDateTime),
+)
+
 audit = sa.Table(
     "audit",
     metadata,

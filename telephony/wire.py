@@ -92,7 +92,9 @@ class TrunkChanged(_WireMessage, frozen=True):
 class SecurityEvent(_WireMessage, frozen=True):
     """Somebody tried something; at most one a minute for each kind and source, with the number of times.
 
-    kind: unlisted_source | unlisted_invite | flood | rtp_source | third_party_bye.
+    kind: unlisted_source | unlisted_invite | flood | rtp_source (forged RTP kept out) | third_party_bye (a BYE of no
+    call) | malformed | wrong_auth (a registrar or a called host refuses our credentials) | not_served (REGISTER and
+    other methods that we have no use for).
     """
 
     kind: str

@@ -12,7 +12,9 @@
     GET  /api/me                             who is signed in, with which rights
     GET  /api/export/calls.csv | .json       lists of calls to take away                       (right: export)
     GET  /api/calls/{id}/listen   POST /api/calls/{id}/hang-up      hear, end a running call   (rights: listen, hang_up)
+    POST /api/calls/{id}/recording/pause | go-on                       what is kept of it         (right: recording)
     POST /api/browser-calls/tokens   POST /api/browser-calls        call from the page         (right: call)
+    GET  /api/security?kind=&limit=          what strangers and broken peers tried
     GET  /api/openapi.json                   the same for machines        GET /healthz   is the process alive
 
 Everything but /login, its style sheet and icon, /healthz and the offer of a browser call (which has a token of its own)
@@ -44,6 +46,7 @@ from storage.audit import append_audit
 from storage.entries import UnknownCall
 from storage.recordings import RecordingReader
 from storage.search import CallReader
+from storage.security import list_security_events
 
 CONSOLE = Path(__file__).parent / "console"
 CONTENT_TYPES = {".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8", ".svg": "image/svg+xml"}
@@ -203,6 +206,12 @@ def _add_calls(app: FastAPI, reader: CallReader, clock: Clock, auditor: _Auditor
         is_open = None if state is None else state == "open"
         filters = {"text": text, "campaign": campaign, "disposition": disposition}
         return {"calls": reader.list_calls(limit=limit, before=before, is_open=is_open, **filters)}
+
+    @app.get("/api/security", response_model=schemas.SecurityEventList)
+    def list_security(
+        kind: Annotated[str, Query(max_length=32)] = "", limit: Annotated[int, Query(ge=1, le=1_000)] = 100
+    ) -> dict[str, Any]:
+        return {"events": list_security_events(reader.engine, limit=limit, kind=kind)}
 
     @app.get("/api/calls/{call_id}", response_model=schemas.CallDetail)
     def get_call(request: Request, call_id: str) -> dict[str, Any]:

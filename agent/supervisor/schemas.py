@@ -80,6 +80,17 @@ class Defect(_Answer):
     at: dt.datetime
 
 
+class Handoff(_Answer):
+    """A person who was called to take the call over, and what that person was told."""
+
+    target: str
+    state: str
+    reason: str
+    summary: str
+    begun_at: dt.datetime
+    ended_at: dt.datetime | None
+
+
 class Metric(_Answer):
     turn_id: str
     name: str
@@ -109,7 +120,23 @@ class CallDetail(CallSummary):
     tool_calls: list[ToolCall]
     callback_requests: list[CallbackRequest]
     defects: list[Defect]
+    handoffs: list[Handoff]
     recording: Recording | None
+
+
+class SecurityEvent(_Answer):
+    """What somebody tried who has no call; of one kind and source, one row an hour."""
+
+    kind: str
+    source_address: str
+    first_at: dt.datetime
+    last_at: dt.datetime
+    count: int
+    detail: str
+
+
+class SecurityEventList(_Answer):
+    events: list[SecurityEvent]
 
 
 class Event(_Answer):

@@ -78,7 +78,7 @@ class TrunkAccount(Account):
 
     def routes(self, routes: list[Route]) -> list[Route]:
         """The same routes, those to hosts that do not answer OPTIONS last."""
-        return sorted(routes, key=lambda route: not self._is_up.get(_host_of(route.uri), True))
+        return sorted(routes, key=lambda route: not self._is_up.get(host_of(route.uri), True))
 
     # -------------------------------------------------------------------- time
 
@@ -138,7 +138,8 @@ class TrunkAccount(Account):
             ))  # fmt: skip
 
 
-def _host_of(uri: str) -> str:
+def host_of(uri: str) -> str:
+    """`host` or `host:port` of a SIP URI of ours."""
     return uri.split("@")[-1].removeprefix("sip:").split(";")[0]
 
 

@@ -18,13 +18,14 @@ import pjsua2 as pj
 from telephony.config import TelephonyConfig
 from telephony.leg import LegDisconnected, LegEvent, LegIncoming, LegState, LegStateChanged, ReferResult
 from telephony.sip import packet_filter
-from telephony.sip.accounts import Account, TrunkAccount
+from telephony.sip.accounts import Account, TrunkAccount, host_of
 from telephony.sip.bridge import Bridge, call_for
 from telephony.sip.causes import Cause, cause_of_status
 from telephony.sip.gate import Gate, SecurityLog, is_port_free
 from telephony.sip.leg import SipLeg
 from telephony.sip.media_port import MediaPorts, check_frame_copy
 from telephony.sip.outbound import OutboundAttempt
+from telephony.sip.packets import PjsipLog
 from telephony.sip.shed import Shedder, openssl_version, pjsip_library
 from telephony.sip.trunk import Neighbours, Route, TrunkRefused, clean, identify, read_invite, routes_of
 from telephony.wire import PlaceCall, SecurityEvent, TrunkChanged
@@ -46,6 +47,7 @@ _TRANSPORT_TYPES = {
 _SRTP = {
     "off": pj.PJMEDIA_SRTP_DISABLED, "optional": pj.PJMEDIA_SRTP_OPTIONAL, "mandatory": pj.PJMEDIA_SRTP_MANDATORY,
 }  # fmt: skip
+_WRONG_AUTH_STATUSES = {401, 407}  # still after pjsip has answered the challenge, or without credentials (RFC 3261 §22)
 _BURIAL_S = 2.0  # a finished leg is kept so long, so that no callback of the clock thread meets a freed object
 
 
@@ -71,7 +73,7 @@ class SipEndpoint:
         self._start_library()
         self.sip_port = self._start_transports()
         self._security = SecurityLog(notify)
-        self._shedder = Shedder(config.invites_per_s)
+        self._shedder = Shedder(config.invites_per_s, self._note_packet)
         self._num_shed_told = 0
         self._gate: Gate | None = None
         if packet_filter.IS_AVAILABLE:
@@ -82,7 +84,9 @@ class SipEndpoint:
         self._ports = MediaPorts(self.max_calls + 1, config, playback)
         self._account = Account(self.on_invite)
         self._account.create(self._account_settings(self._uri(config.from_user)), True)
-        self._trunks = {trunk.name: TrunkAccount(trunk, config, self.on_invite, notify) for trunk in config.trunks}
+        self._trunks = {
+            trunk.name: TrunkAccount(trunk, config, self.on_invite, self._on_trunk_changed) for trunk in config.trunks
+        }
         for account in self._trunks.values():
             account.start(self._account_settings(""))
 
@@ -105,6 +109,7 @@ class SipEndpoint:
         media.maxMediaPorts = max(254, 4 * config.max_calls + 16)
         self._endpoint.libCreate()
         self._endpoint.libInit(settings)
+        self._log = PjsipLog(pjsip_library())
         check_frame_copy()
         capacity = _library_capacity()
         self.max_calls = min(config.max_calls, capacity - 1 if capacity > 1 else capacity)
@@ -187,6 +192,8 @@ class SipEndpoint:
             self._join(self._join_later.pop(0))
         if self._gate is not None:
             self._gate.poll(now_s)
+        while self._log.malformed:
+            self._note_packet("malformed", *self._log.malformed.popleft())
         self._bury(now_s)
 
     def _bury(self, now_s: float) -> None:
@@ -229,7 +236,7 @@ class SipEndpoint:
         status = self._admission()
         if not self._neighbours.may_call_us(source):
             status = 403
-            self._security.note("unlisted_invite", source, prm.rdata.info, self._now_s)
+            self._note_packet("unlisted_invite", source, prm.rdata.info)
         if status:
             self._hidden[id(leg)] = leg
             leg.refuse(status, self.config.retry_after_s if status == 503 else 0, cause_of_status(status))
@@ -319,6 +326,18 @@ class SipEndpoint:
             self._sink(leg, LegStateChanged(leg_id=leg.leg_id, state=LegState.DISCONNECTED))
             self._sink(leg, LegDisconnected(leg_id=leg.leg_id, cause=Cause.NETWORK_ERROR, sip_status=503))
 
+    def _note_packet(self, kind: str, source: str, detail: str) -> None:
+        """Of one source, whichever port it sends from: a scan uses many."""
+        self._security.note(kind, source.rpartition(":")[0] or source, detail, self._now_s)
+
+    def _on_trunk_changed(self, changed: TrunkChanged) -> None:
+        if changed.state == "refused" and changed.sip_status in (*_WRONG_AUTH_STATUSES, 403):
+            self._note_wrong_auth(changed.host, changed.sip_status)
+        self._notify(changed)
+
+    def _note_wrong_auth(self, host: str, sip_status: int) -> None:
+        self._security.note("wrong_auth", host, f"our credentials were refused with {sip_status}", self._now_s)
+
     def _note(self, kind: str, source: str, detail: str, count: int) -> None:
         self._security.note(kind, source, detail, self._now_s, count)
 
@@ -330,6 +349,8 @@ class SipEndpoint:
             return
         attempt = self._attempts.get(leg.leg_id)
         if attempt is not None and id(leg) not in self._hidden:
+            if is_over and leg.sip_status in _WRONG_AUTH_STATUSES:
+                self._note_wrong_auth(host_of(attempt.route.uri), leg.sip_status)
             if is_over and not leg.is_ended_by_us and attempt.goes_on_after(leg.sip_status):
                 self._hidden[id(leg)] = leg
                 self._next_routes.append((leg, leg.sip_status))

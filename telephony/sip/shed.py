@@ -19,6 +19,8 @@ from pathlib import Path
 
 import pjsua2 as pj
 
+from telephony.sip.packets import UNKNOWN, is_of_a_dialog, packet_of
+
 _FIRST = 12  # priority: after the transport layer (8), before transactions (16) and dialogs (32)
 _LAST = 163  # after every application module (64)
 _NOT_IMPLEMENTED = 501
@@ -55,10 +57,16 @@ class TokenBucket:
         return True
 
 
-class Shedder:
-    """Registered once, for the life of the process. `num_shed` grows; time is what the endpoint last set."""
+Note = Callable[[str, str, str], None]
+"""(kind, source, detail): see wire.SecurityEvent."""
 
-    def __init__(self, invites_per_s: int) -> None:
+
+class Shedder:
+    """Registered once, for the life of the process. `num_shed` grows; time is what the endpoint last set. `note` is
+    told of what has no place here."""
+
+    def __init__(self, invites_per_s: int, note: Note) -> None:
+        self._note = note
         self._bucket = TokenBucket(invites_per_s, min(_BURST, invites_per_s))
         self.now_s = 0.0
         self.num_shed = 0
@@ -92,14 +100,27 @@ class Shedder:
 
     def _on_request(self, rx_data: int) -> int:
         """1 = swallowed."""
-        if self._method_of(rx_data) != b"INVITE" or self._bucket.take(self.now_s):
+        method = self._method_of(rx_data)
+        if method == b"BYE":
+            self._look_at_bye(rx_data)
+        if method != b"INVITE" or self._bucket.take(self.now_s):
             return 0
         self.num_shed += 1
         return 1
 
+    def _look_at_bye(self, rx_data: int) -> None:
+        """pjsip answers a BYE of no dialog with 481 by itself (§15.1.2); here it is noted. One that is sent again while
+        its call ends still finds the dialog."""
+        packet = packet_of(rx_data, b"BYE")
+        if packet is not None and not is_of_a_dialog(self._library, packet):
+            self._note("third_party_bye", packet.source, packet.first_line)
+
     def _on_unhandled(self, rx_data: int) -> int:
-        if self._method_of(rx_data) == b"ACK":  # never answered (RFC 3261 §17.1)
+        method = self._method_of(rx_data)
+        if method == b"ACK":  # never answered (RFC 3261 §17.1)
             return 0
+        packet = packet_of(rx_data, method)
+        self._note("not_served", packet.source if packet else UNKNOWN, packet.first_line if packet else method.decode())
         self._library.pjsip_endpt_respond_stateless(self._endpoint, rx_data, _NOT_IMPLEMENTED, None, None, None)
         return 1
 

@@ -154,6 +154,31 @@ async def test_bye_of_a_third_party_ends_nothing(guarded):
             peer.request("BYE", 4, to_tag=to_tag(ok))
             assert (await asyncio.to_thread(peer.final)).startswith("SIP/2.0 200")
             await until(lambda: desk.ended)
+            of_bye = [event for event in desk.security if event.kind == "third_party_bye"]
+            assert [(event.source_address, event.count) for event in of_bye] == [("127.0.0.1", 1)]
+            assert of_bye[0].detail.startswith("BYE sip:100@")
+
+
+async def test_bye_that_is_sent_again_is_no_third_party(guarded):
+    async with desk_of(guarded) as desk:
+        with raw(guarded.address) as peer:
+            ok = await call_up(peer, desk)
+            for _ in range(3):  # RFC 3261 §17.1.2.2: until our 200 arrives
+                peer.request("BYE", 2, to_tag=to_tag(ok))
+            await until(lambda: desk.ended)
+            peer.request("BYE", 2, to_tag=to_tag(ok))
+            await asyncio.sleep(0.5)
+            assert not [event for event in desk.security if event.kind == "third_party_bye"]
+
+
+async def test_register_at_us_is_refused_and_noted_once(guarded):
+    async with desk_of(guarded) as desk:
+        with raw(guarded.address) as peer:
+            for cseq in range(1, 6):
+                peer.request("REGISTER", cseq, headers='Authorization: Digest username="100", response="0"\r\n')
+                assert (await asyncio.to_thread(peer.final)).split()[1] == "501"
+            await until(lambda: desk.security)
+            assert [(event.kind, event.source_address) for event in desk.security] == [("not_served", "127.0.0.1")]
 
 
 def rtp(sequence, value, ssrc=1):
@@ -282,6 +307,8 @@ async def test_malformed_messages_get_what_the_rfc_asks_for_and_harm_no_call(gua
                     if status not in allowed:
                         wrong[name] = status
             assert not wrong
+            kinds = [event.kind for event in desk.security]
+            assert kinds.count("malformed") == 1  # of one source, within a minute
             assert len(desk.legs) == 1 and desk.legs[0].state is LegState.CONFIRMED and guarded.poll() is None
             peer.request("BYE", 99, to_tag=to_tag(ok))
             assert (await asyncio.to_thread(peer.final)).startswith("SIP/2.0 200")
