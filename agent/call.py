@@ -35,7 +35,7 @@ from agent.keypad import Keypad, Outcome
 from agent.metrics import WireTimes
 from agent.playout_book import PlayoutBook
 from agent.runtime_side import RuntimeSide
-from agent.tools.catalogue import CallFrame
+from agent.tools.catalogue import RECORDING_TOOLS, CallFrame
 from agent.tools.desk import DeskAction, ToolDesk
 from agent.transcript import Transcript
 from agent.translate import predicted
@@ -133,6 +133,8 @@ class Call:
                 self.runtime.open(self._system_prompt(), self.transcript.history(without=open_turn))
             case own.Tick():
                 self._on_tick(now)
+            case own.RecordingWanted():
+                self._switch_recording(event.is_kept, event.by)
             case own.ShutDown():
                 self._cause = event.cause
                 self._floor(floor.HangUpWanted(event.cause), now)
@@ -342,6 +344,12 @@ class Call:
                 self.runtime.ask(action)
             else:
                 self.context.add(action)
+            if isinstance(action, own.RunTool) and action.name in RECORDING_TOOLS:  # at once: it may be a card's number
+                self._switch_recording(RECORDING_TOOLS[action.name], "agent")
+
+    def _switch_recording(self, is_kept: bool, by: str) -> None:
+        method = "go_on_recording" if is_kept else "pause_recording"
+        self.context.keep(method, sample=self.context.sample, by=by)
 
     def _commit(self, commit: own.CommitTool, now: float) -> None:
         """The reply that asked for it was heard to its end."""

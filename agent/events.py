@@ -62,7 +62,15 @@ class ShutDown:
     cause: str = "shutdown"
 
 
-OwnEvent = Start | Resumed | ToolFinished | RuntimeLost | RuntimeReady | Tick | ShutDown
+@dataclass(frozen=True)
+class RecordingWanted:
+    """From outside: keep the sound from now on, or do not (a card number is about to be spoken)."""
+
+    is_kept: bool
+    by: str  # supervisor:<name>
+
+
+OwnEvent = Start | Resumed | ToolFinished | RuntimeLost | RuntimeReady | Tick | RecordingWanted | ShutDown
 CallEvent = LegEvent | RuntimeEvent | OwnEvent
 
 # ------------------------------------------------------------------------ actions

@@ -21,6 +21,7 @@ from agent.events import (
     CommitTool,
     EndCall,
     Keep,
+    RecordingWanted,
     ReopenRuntime,
     Resumed,
     RuntimeLost,
@@ -90,8 +91,12 @@ class LiveCall:
         """From outside, at once."""
         self.post(ShutDown(cause))
 
+    def keep_recording(self, is_kept: bool, by: str) -> None:
+        """From outside: sound is kept from now on, or not."""
+        self.post(RecordingWanted(is_kept, by))
+
     def post(self, event: CallEvent) -> None:
-        """From outside: shut down. Dropped when the call is over."""
+        """From outside: shut down, pause the recording. Dropped when the call is over."""
         if not self._inbox.full():
             self._inbox.put_nowait(event)
 

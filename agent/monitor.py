@@ -1,9 +1,10 @@
-"""What a supervisor does to a running call, in the agent process: hear it, end it. The page's server asks over a Unix
-socket of the run folder (mode 0700); whether the person may, and that it is audited, is decided there.
+"""What a supervisor does to a running call, in the agent process: hear it, end it, pause its recording. The page's
+server asks over a Unix socket of the run folder (mode 0700); whether the person may, and that it is audited, is decided
+there.
 
 Hearing is a tap: it reads what crossed the wire in both directions and can neither change nor delay it; a listener who
 is slow loses the oldest second, nobody else notices. Messages are msgpack behind a 4-byte length; the page's end is
-`listen` and `hang_up`.
+`listen`, `hang_up` and `keep_recording`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,14 @@ class HangUp(msgspec.Struct, frozen=True, tag=True):
     call_id: str
 
 
+class KeepRecording(msgspec.Struct, frozen=True, tag=True):
+    """Sound is kept from now on, or not (a card number is about to be spoken)."""
+
+    call_id: str
+    is_kept: bool
+    by: str
+
+
 class Listening(msgspec.Struct, frozen=True, tag=True):
     sample_rate_hz: int
 
@@ -51,7 +60,7 @@ class NoSuchCall(msgspec.Struct, frozen=True, tag=True):
     """It is not running here."""
 
 
-Ask = Listen | HangUp
+Ask = Listen | HangUp | KeepRecording
 Told = Listening | Heard | Done | NoSuchCall
 
 _encoder = msgspec.msgpack.Encoder()
@@ -66,6 +75,8 @@ class RunningCall(Protocol):
     def sample_rate_hz(self) -> int: ...
 
     def hang_up(self, cause: str) -> None: ...
+
+    def keep_recording(self, is_kept: bool, by: str) -> None: ...
 
 
 class Monitor:
@@ -103,6 +114,9 @@ class Monitor:
             elif isinstance(ask, HangUp):
                 call.hang_up("supervisor")
                 writer.write(_framed(Done()))
+            elif isinstance(ask, KeepRecording):
+                call.keep_recording(ask.is_kept, ask.by)
+                writer.write(_framed(Done()))
             else:
                 await self._let_listen(ask.call_id, call, reader, writer)
             await writer.drain()
@@ -137,9 +151,18 @@ class NotRunning(Exception):
 
 async def hang_up(path: Path, call_id: str) -> None:
     """Returns when the agent has begun to end the call; raises NotRunning."""
-    async with _connection(path, HangUp(call_id)) as reader:
+    await _do(path, HangUp(call_id))
+
+
+async def keep_recording(path: Path, call_id: str, is_kept: bool, by: str) -> None:
+    """Returns when the agent has taken it on; raises NotRunning. `by` stands in the call's journal."""
+    await _do(path, KeepRecording(call_id, is_kept, by))
+
+
+async def _do(path: Path, ask: Ask) -> None:
+    async with _connection(path, ask) as reader:
         if not isinstance(_tolds.decode(await _read(reader)), Done):
-            raise NotRunning(call_id)
+            raise NotRunning(ask.call_id)
 
 
 async def listen(path: Path, call_id: str) -> tuple[int, AsyncIterator[bytes]]:

@@ -18,7 +18,10 @@ from policies.facts import CheckpointFacts
 from policies.persona import Persona
 from policies.speaking_style import StyleRules, unsupported_values
 
-TOOLS = ("look_up_order", "opening_hours", "change_delivery", "transfer", "hang_up", "request_callback")
+TOOLS = (
+    "look_up_order", "opening_hours", "change_delivery", "transfer", "hang_up", "request_callback",
+    "pause_recording", "go_on_recording",
+)  # fmt: skip
 _DID = re.compile(r"\+?[0-9]{1,15}|[a-z][a-z0-9_.-]{0,63}")  # E.164, an extension, or the user part of a SIP URI
 _HANDOFF_URI = re.compile(r"(sips?:[^\s<>\"]+@[^\s<>\"]+|tel:\+?[0-9]+)")
 

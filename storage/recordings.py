@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,10 @@ class Segment:
 
 
 class CallRecorder:
-    """One call's recorder. `run` executes a function soon and in order (a worker thread, or at once in tests)."""
+    """One call's recorder. `run` executes a function soon and in order (a worker thread, or at once in tests).
+
+    Sound comes on one thread, the notice and the pauses on another: each method holds the lock for its few copies.
+    """
 
     def __init__(
         self,
@@ -59,6 +63,7 @@ class CallRecorder:
         self._segment_samples = round(segment_s * sample_rate_hz)
         self._on_segment = on_segment
         self._run = run
+        self._lock = threading.Lock()
         self._open: dict[int, Pcm] = {}  # segment index -> [samples, 2]
         self._next_to_seal = 0
         self._high_sample = 0  # first sample after the last one seen on either channel
@@ -74,24 +79,27 @@ class CallRecorder:
 
     def notice_finished(self, sample: int) -> None:
         """The caller has heard the recording notice up to leg sample `sample`: from here on sound is kept."""
-        if self._can_start and self._starts_at is None:
-            self._starts_at = sample
-            self._next_to_seal = sample // self._segment_samples
+        with self._lock:
+            if self._can_start and self._starts_at is None:
+                self._starts_at = sample
+                self._next_to_seal = sample // self._segment_samples
 
     def pause(self, sample: int) -> None:
         """From leg sample `sample` on nothing is kept (a card number is spoken), until `go_on`; time runs on as
         silence. What of it had come already is blanked, unless its segment is on disk: pause before, not after.
         """
-        if self._paused_at is None:
-            self._paused_at = sample
-            for index, frames in self._open.items():
-                frames[max(0, sample - index * self._segment_samples) :] = 0
+        with self._lock:
+            if self._paused_at is None:
+                self._paused_at = sample
+                for index, frames in self._open.items():
+                    frames[max(0, sample - index * self._segment_samples) :] = 0
 
     def go_on(self, sample: int) -> None:
         """Sound from leg sample `sample` on is kept again."""
-        if self._paused_at is not None:
-            self._pauses.append((self._paused_at, max(sample, self._paused_at)))
-            self._paused_at = None
+        with self._lock:
+            if self._paused_at is not None:
+                self._pauses.append((self._paused_at, max(sample, self._paused_at)))
+                self._paused_at = None
 
     def _without_pauses(self, position: int, samples: Pcm) -> Pcm:
         """The same samples with silence where the recording is paused."""
@@ -107,6 +115,10 @@ class CallRecorder:
 
         Later sound replaces earlier.
         """
+        with self._lock:
+            self._push(channel, start_sample, pcm)
+
+    def _push(self, channel: str, start_sample: int, pcm: bytes) -> None:
         if self._starts_at is None:
             return
         samples = np.frombuffer(pcm, dtype="<i2")
@@ -137,10 +149,11 @@ class CallRecorder:
 
     def finish(self) -> None:
         """The call is over: writes what is open. Idempotent."""
-        while self.is_recording and self._next_to_seal * self._segment_samples < self._high_sample:
-            left = self._high_sample - self._next_to_seal * self._segment_samples
-            self._seal(min(left, self._segment_samples))
-        self._starts_at, self._can_start = None, False
+        with self._lock:
+            while self.is_recording and self._next_to_seal * self._segment_samples < self._high_sample:
+                left = self._high_sample - self._next_to_seal * self._segment_samples
+                self._seal(min(left, self._segment_samples))
+            self._starts_at, self._can_start = None, False
 
     def _seal(self, num_samples: int) -> None:
         index = self._next_to_seal

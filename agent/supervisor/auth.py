@@ -35,6 +35,7 @@ _NAME = re.compile(r"[a-z0-9_]{1,32}")
 class Right(StrEnum):
     LISTEN = "listen"  # hear a running call
     HANG_UP = "hang_up"  # end a running call
+    RECORDING = "recording"  # pause the recording of a running call, and let it go on
     EXPORT = "export"  # take lists of calls away
     CALL = "call"  # call the agent from the page
 

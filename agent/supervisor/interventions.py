@@ -1,5 +1,5 @@
-"""What a supervisor does to a running call from the page: hear it, end it. Rights apart, each audited before it happens
-(an audit that cannot be written stops it). The agent carries it out (agent/monitor.py).
+"""What a supervisor does to a running call from the page: hear it, end it, pause its recording. Rights apart, each
+audited before it happens (an audit that cannot be written stops it). The agent carries it out (agent/monitor.py).
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
@@ -62,3 +63,15 @@ def add_interventions(
         except monitor.NotRunning:
             raise HTTPException(404, "this call is not running") from None
         return {"status": "ending"}
+
+    @app.post("/api/calls/{call_id}/recording/{wanted}")
+    async def keep_recording(request: Request, call_id: str, wanted: Literal["pause", "go-on"]) -> dict[str, str]:
+        """From now on silence is kept in the place of the sound, or the sound again; the call's journal says who."""
+        person = person_with(request, Right.RECORDING)
+        socket = agent_socket()
+        await _audit(person.name, f"recording_{wanted.replace('-', '_')}", checked(call_id))
+        try:
+            await monitor.keep_recording(socket, call_id, wanted == "go-on", f"supervisor:{person.name}")
+        except monitor.NotRunning:
+            raise HTTPException(404, "this call is not running") from None
+        return {"status": "recording" if wanted == "go-on" else "paused"}

@@ -55,8 +55,14 @@ TOOLS: Mapping[str, Tool] = {
         Tool("transfer", has_side_effect=True),
         Tool("hang_up", has_side_effect=True),
         Tool("request_callback", has_side_effect=True),
+        Tool("pause_recording"),  # no side effect that must wait: what is not kept harms nobody
+        Tool("go_on_recording"),
     )
 }
+
+
+RECORDING_TOOLS = {"pause_recording": False, "go_on_recording": True}
+"""The call carries them out itself, at once: is sound kept from now on?"""
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,10 @@ class Shop:
                 return ("status connecting" if self.can_transfer else "status busy"), True, {}
             case "request_callback":
                 return "result stored", True, {}
+            case "pause_recording":
+                return "result paused", True, {}
+            case "go_on_recording":
+                return "result recording", True, {}
         return "", True, {}  # hang_up: nothing to say about it
 
     def commit(self, heard: CommitTool, now: dt.datetime) -> tuple[str, dict[str, object]]:

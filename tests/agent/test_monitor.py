@@ -11,16 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from agent.monitor import MAX_QUEUED, Monitor, NotRunning, hang_up, interleaved, listen
+from agent.monitor import MAX_QUEUED, Monitor, NotRunning, hang_up, interleaved, keep_recording, listen
 
 
 @dataclass
 class FakeCall:
     sample_rate_hz: int = 16_000
     ended_with: list[str] = field(default_factory=list)
+    kept: list[tuple[bool, str]] = field(default_factory=list)
 
     def hang_up(self, cause: str) -> None:
         self.ended_with.append(cause)
+
+    def keep_recording(self, is_kept: bool, by: str) -> None:
+        self.kept.append((is_kept, by))
 
 
 @dataclass
@@ -77,6 +81,14 @@ async def test_listener_who_leaves_is_forgotten(running: Running) -> None:
 async def test_hanging_up_reaches_the_call_and_says_who_did(running: Running) -> None:
     await hang_up(running.path, "c1")
     assert running.call.ended_with == ["supervisor"]
+
+
+async def test_pausing_the_recording_reaches_the_call_and_says_who(running: Running) -> None:
+    await keep_recording(running.path, "c1", False, "supervisor:ann")
+    await keep_recording(running.path, "c1", True, "supervisor:ann")
+    assert running.call.kept == [(False, "supervisor:ann"), (True, "supervisor:ann")]
+    with pytest.raises(NotRunning):
+        await keep_recording(running.path, "c2", False, "supervisor:ann")
 
 
 async def test_call_that_is_not_running_and_agent_that_is_gone_say_so(running: Running, tmp_path: Path) -> None:

@@ -37,9 +37,13 @@ FORMULA = '=HYPERLINK("http://evil","x")'
 class FakeCall:
     sample_rate_hz: int = 16_000
     ended_with: list[str] = field(default_factory=list)
+    kept: list[tuple[bool, str]] = field(default_factory=list)
 
     def hang_up(self, cause: str) -> None:
         self.ended_with.append(cause)
+
+    def keep_recording(self, is_kept: bool, by: str) -> None:
+        self.kept.append((is_kept, by))
 
 
 class Workers:
@@ -111,13 +115,14 @@ async def test_without_a_right_each_act_is_refused_by_name_and_nothing_happens(p
     answers = {
         "listen": await page.client.get("/api/calls/c2/listen"),
         "hang_up": await page.post("/api/calls/c2/hang-up"),
+        "recording": await page.post("/api/calls/c2/recording/pause"),
         "export": await page.client.get("/api/export/calls.csv"),
         "call": await page.post("/api/browser-calls/tokens"),
     }
     for right, answer in answers.items():
         assert answer.status_code == 403, right
         assert right in answer.json()["error"]
-    assert page.call.ended_with == []
+    assert page.call.ended_with == [] and page.call.kept == []
     assert [action for _, action, _ in page.audited()] == ["login"]
     assert (await page.client.get("/api/calls/c1")).status_code == 200  # seeing needs no right
 
@@ -148,6 +153,17 @@ async def test_an_audit_that_cannot_be_written_stops_the_act(page: Page, monkeyp
     with pytest.raises(sa.exc.OperationalError):
         await page.post("/api/calls/c2/hang-up")
     assert page.call.ended_with == []
+
+
+async def test_pausing_the_recording_has_its_own_right_and_is_audited_under_the_persons_name(page: Page) -> None:
+    await page.sign_in(Right.RECORDING)
+    assert (await page.post("/api/calls/c2/recording/pause")).json() == {"status": "paused"}
+    assert (await page.post("/api/calls/c2/recording/go-on")).json() == {"status": "recording"}
+    assert page.call.kept == [(False, "supervisor:ann"), (True, "supervisor:ann")]
+    actions = page.audited()
+    assert ("ann", "recording_pause", "c2") in actions and ("ann", "recording_go_on", "c2") in actions
+    assert (await page.post("/api/calls/c1/recording/pause")).status_code == 404  # it is over
+    assert (await page.post("/api/calls/c2/recording/delete")).status_code == 422
 
 
 async def test_listening_is_audited_and_a_call_that_is_over_cannot_be_heard(page: Page) -> None:

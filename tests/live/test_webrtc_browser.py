@@ -185,7 +185,7 @@ def call_and_look(running: Running) -> None:
         open_page(page, running.url, running.token)
         call_id = begin_call(page)
         page.value(CAPTURE)
-        page.wait("document.querySelector('.actions') && document.querySelectorAll('.actions button').length === 2")
+        page.wait("document.querySelector('.actions') && document.querySelectorAll('.actions button').length === 3")
         page.value("[...document.querySelectorAll('.keypad button')].find((key) => key.textContent === '5').click()")
         page.wait("window.heard.length > 16000 * 12", 90)
         page.picture(running.folder / "in_call.png")

@@ -42,7 +42,10 @@ from telephony.loopback import LoopbackLeg
 
 TICK_S = 0.02
 RATE_HZ = 8000
-TOOLS = ("look_up_order", "opening_hours", "change_delivery", "transfer", "hang_up", "request_callback")
+TOOLS = (
+    "look_up_order", "opening_hours", "change_delivery", "transfer", "hang_up", "request_callback", "pause_recording",
+    "go_on_recording",
+)  # fmt: skip
 RULES = (
     FakeRule(
         pattern=r"order number is (?P<number>\d+)",
@@ -56,6 +59,8 @@ RULES = (
         pattern="move", tool="change_delivery", arguments={"order_number": "12345", "day": "friday"},
         text="okay it will arrive on friday and that is all there is to say about it",
     ),
+    FakeRule(pattern="card", tool="pause_recording", text="please say the card number now"),
+    FakeRule(pattern="paid", tool="go_on_recording", text="thank you that is paid"),
     FakeRule(pattern="wrong", tool="look_up_order", arguments={"order_number": "4x"}, text="i can not find it"),
     FakeRule(pattern="story", text=" ".join(f"word{i}" for i in range(30))),
 )  # fmt: skip

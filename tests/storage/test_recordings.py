@@ -220,3 +220,31 @@ def test_a_paused_recording_stays_paused_when_the_agent_dies(config: StorageConf
     heard = reader.samples()[:, 0]
     assert not heard[: RATE * 10].any() and np.array_equal(heard[RATE * 10 :], caller[RATE * 10 :])
     store.close()
+
+
+def test_journal_says_where_the_recording_was_paused_and_by_whom(config: StorageConfig, now: dt.datetime) -> None:
+    store = CallStore(config)
+    store.open_call("c1", did="100", ani="", now=now)
+    recorder = store.start_recording("c1", policy="always", now=now)
+    caller, agent = noise(1, RATE * 4), noise(2, RATE * 4)
+    push_in_frames(recorder, caller[:RATE], agent[:RATE])
+    store.pause_recording("c1", RATE - 400, now=now, by="supervisor:ann")  # 50 ms ago: it may have been said already
+    for start in range(RATE, RATE * 4, 160):
+        if start == RATE * 3:
+            store.go_on_recording("c1", RATE * 3, now=now, by="agent")
+        recorder.push("caller", start, caller[start : start + 160].tobytes())
+        recorder.push("agent", start, agent[start : start + 160].tobytes())
+    store.close_call("c1", disposition="completed", cause="normal", now=now)
+    reader = store.open_recording("c1")
+    assert reader is not None
+    for lane, whole in enumerate((caller, agent)):
+        heard = reader.samples()[:, lane]
+        assert np.array_equal(heard[: RATE - 400], whole[: RATE - 400])
+        assert not heard[RATE - 400 : RATE * 3].any()
+        assert np.array_equal(heard[RATE * 3 :], whole[RATE * 3 :])
+    told = [event for event in store.reader.get_events("c1") if event["payload"].get("by")]
+    assert [(event["kind"], event["payload"]) for event in told] == [
+        ("recording_paused", {"sample": RATE - 400, "by": "supervisor:ann"}),
+        ("recording_went_on", {"sample": RATE * 3, "by": "agent"}),
+    ]
+    store.close()

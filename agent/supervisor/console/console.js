@@ -171,6 +171,11 @@ function actionsOf(rights) {
     listen.addEventListener("click", () => (state.ear ? stopListening() : startListening(listen)));
     actions.push(listen);
   }
+  if (rights.includes("recording")) {
+    const pause = el("button", { type: "button", "aria-pressed": "false" }, "Pause recording");
+    pause.addEventListener("click", () => switchRecording(pause));
+    actions.push(pause);
+  }
   if (rights.includes("hang_up")) {
     const hangUp = el("button", { type: "button", class: "danger" }, "End call");
     hangUp.addEventListener("click", () => endCall(hangUp));
@@ -192,6 +197,18 @@ async function startListening(button) {
 function stopListening() {
   if (state.ear) state.ear.stop();
   state.ear = null;
+}
+
+async function switchRecording(button) {
+  const isPaused = button.getAttribute("aria-pressed") === "true";
+  const path = `/api/calls/${encodeURIComponent(state.callId)}/recording/${isPaused ? "go-on" : "pause"}`;
+  const response = await fetch(path, { method: "POST" });
+  if (!response.ok) {
+    button.textContent = (await response.json()).error;
+    return;
+  }
+  button.setAttribute("aria-pressed", String(!isPaused));
+  button.textContent = isPaused ? "Pause recording" : "Go on recording";
 }
 
 // Asked twice: the first click only arms the button.
