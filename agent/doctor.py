@@ -126,28 +126,29 @@ def _model(config: Config) -> Iterator[Finding]:
     if not importlib.util.find_spec("torch"):
         yield Finding("model", State.FAULT, "torch is not installed: make venv")
         return
+    from minmo_runtime import checkpoint_contents as tables
     from minmo_runtime import memory, weights
 
     yield Finding("torch", State.OK, importlib.metadata.version("torch"))
     try:
         folder = checkpoint_folder(config)
-        contents = weights.read_contents(folder)
-    except (ValueError, weights.CheckpointError) as error:
+        contents = tables.read_contents(folder)
+    except (ValueError, tables.CheckpointError) as error:
         yield Finding("checkpoint", State.FAULT, str(error))
         return
     files = Files(folder, models_folder(config.runtime.models_folder))
     there = tuple(
-        part for part in weights.parts() if part in contents and weights.part_path(files, contents, part).is_file()
+        part for part in tables.parts() if part in contents and tables.part_path(files, contents, part).is_file()
     )
-    needed = memory.weight_bytes(contents, config.runtime, (*weights.NEEDED, *there))
+    needed = memory.weight_bytes(contents, config.runtime, (*tables.NEEDED, *there))
     yield from _sources(contents, files)
     yield _memory(needed, memory.call_bytes(contents, config.runtime), memory.free_bytes(config.runtime.device), config)
-    bridges = [bridge for part, bridge in weights.CONNECTORS.items() if part not in there]
+    bridges = [bridge for part, bridge in tables.CONNECTORS.items() if part not in there]
     yield Finding("bridges", State.OK, f"bridges=[{', '.join(bridges)}]")
     for bridge in bridges:
         yield Finding(f"bridge {bridge}", State.WARNING, BRIDGE_REASONS[bridge])
     yield from _prompt_voice(contents, files)
-    if missing := [part for part in weights.NEEDED if part not in there]:
+    if missing := [part for part in tables.NEEDED if part not in there]:
         text = f"{contents['name']}: no weights of {', '.join(missing)}"
         yield Finding(
             "checkpoint", State.FAULT, text + (": run `minmo models fetch` as above" if sources_of(contents) else "")
@@ -155,7 +156,7 @@ def _model(config: Config) -> Iterator[Finding]:
         return
     try:
         checkpoint = weights.load_checkpoint(folder, models=config.runtime.models_folder)
-    except weights.CheckpointError as error:
+    except tables.CheckpointError as error:
         yield Finding("checkpoint", State.FAULT, str(error))
         return
     size_mib = sum(needed.values()) / 2**20

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from minmo_runtime.checkpoint_contents import module_of, parts, toml_of
 from minmo_runtime.model.backbone import Backbone
 from minmo_runtime.model.voice_lm import VoiceLm
-from minmo_runtime.weights import module_of, parts, save_weights, toml_of
+from minmo_runtime.weight_files import save_weights
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from minmo_runtime.checkpoint_contents import CheckpointFacts, module_of
 from minmo_runtime.model.hift import HiftVocoder
 from minmo_runtime.model.layers import RotaryTable
 from minmo_runtime.profiles import profile_folder, read_profile
 from minmo_runtime.random_checkpoint import byte_tokenizer, letter_tokenizer
 from minmo_runtime.rates import Rates
 from minmo_runtime.text import TextTokenizer
-from minmo_runtime.weights import Checkpoint, CheckpointFacts, Modules, module_of
+from minmo_runtime.weights import Checkpoint, Modules
 
 SERVED = ("encoder", "llm", "output_projector", "voice_lm", "flow", "vocoder")
 _STD = 0.02

@@ -6,10 +6,10 @@
     minmo-8b        the public parents with Qwen2.5-7B-Instruct
     minmo-8b-paper  the paper's sizes, random weights, benches only
 
-A profile's checkpoint.toml has the form of every checkpoint folder (weights.py), and two things more: `base` names a
-profile whose tables it starts from, and a file may be "<source>:<file>", a file of a public checkpoint under the
-models folder (sources.toml says what each source is). Plain files and tables: no torch here, so that the agent and
-`minmo models` can ask. Read at the start, before the walk.
+A profile's checkpoint.toml has the form of every checkpoint folder (checkpoint_contents.py), and two things more:
+`base` names a profile whose tables it starts from, and a file may be "<source>:<file>", a file of a public checkpoint
+under the models folder (sources.toml says what each source is). Plain files and tables: no torch here, so that the
+agent and `minmo models` can ask. Read at the start, before the walk.
 """
 
 from __future__ import annotations

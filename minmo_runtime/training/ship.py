@@ -18,23 +18,21 @@ from typing import Any
 
 from safetensors import safe_open
 
-from minmo_runtime.text import TextTokenizer
-from minmo_runtime.training.freeze import part_hash
-from minmo_runtime.training.ngram import NGRAM_FILE
-from minmo_runtime.training.stage import STAGES_DIR
-from minmo_runtime.weights import (
+from minmo_runtime.checkpoint_contents import (
     NEEDED,
     TRAINED_WITH,
     VOICE_TOKEN_PARTS,
     CheckpointError,
-    file_hash,
-    load_checkpoint,
-    load_weights,
     module_of,
     parts,
-    save_weights,
     toml_of,
 )
+from minmo_runtime.text import TextTokenizer
+from minmo_runtime.training.freeze import part_hash
+from minmo_runtime.training.ngram import NGRAM_FILE
+from minmo_runtime.training.stage import STAGES_DIR
+from minmo_runtime.weight_files import file_hash, load_weights, save_weights
+from minmo_runtime.weights import load_checkpoint
 
 TOKENIZERS = {"text": "text_tokenizer.json", "ctc": "ctc_tokenizer.json"}
 # Which stage's TOML holds a part's sizes where neither the JSON nor the metadata does.

@@ -27,7 +27,7 @@ import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from agent.run_folder import SHIPPED_CHECKPOINT  # noqa: E402
-from minmo_runtime.weights import parts  # noqa: E402
+from minmo_runtime.checkpoint_contents import parts  # noqa: E402
 from tests.live.stack import ENVIRONMENT  # noqa: E402
 
 pytestmark = [pytest.mark.live, pytest.mark.slow]

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, pre_tokenizers
 
+from minmo_runtime.checkpoint_contents import module_of, toml_of
 from minmo_runtime.model.backbone import Backbone
 from minmo_runtime.model.voice_lm import VoiceLm
 from minmo_runtime.profiles import profile_folder, read_profile
 from minmo_runtime.prompt_voice import PromptVoice, write_prompt_voice
 from minmo_runtime.random_checkpoint import byte_tokenizer
-from minmo_runtime.weights import module_of, toml_of
 
 QWEN_MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>")
 PIECES = ("<unk>", "<s>", "</s>", "▁", *(f"<|{tag}|>" for tag in ("en", "NEUTRAL", "Speech", "woitn")))

@@ -8,9 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from minmo_runtime.checkpoint_contents import CheckpointError
 from minmo_runtime.config import RuntimeConfig
 from minmo_runtime.random_checkpoint import TINY, write_random_checkpoint
-from minmo_runtime.weights import CheckpointError, file_hash, load_checkpoint
+from minmo_runtime.weight_files import file_hash
+from minmo_runtime.weights import load_checkpoint
 
 
 def rewrite(folder: Path, old: str, new: str) -> None:

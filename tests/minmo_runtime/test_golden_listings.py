@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from minmo_runtime.checkpoint_contents import module_of
 from minmo_runtime.model.backbone import Backbone
 from minmo_runtime.model.encoder import VoiceEncoder
 from minmo_runtime.model.flow import Flow
 from minmo_runtime.model.hift import HiftVocoder, hift_keys
 from minmo_runtime.model.voice_lm import VoiceLm
 from minmo_runtime.profiles import profile_folder, read_profile
-from minmo_runtime.weights import module_of
 
 # Which part of which shipped profile a listing belongs to, and the class that it builds.
 LISTINGS: dict[str, tuple[str, str, type[nn.Module]]] = {

@@ -24,6 +24,7 @@ from minmo_runtime.api import (
     StreamOpened,
     TextDelta,
 )
+from minmo_runtime.checkpoint_contents import CheckpointError, module_of, parts, toml_of
 from minmo_runtime.config import RuntimeConfig
 from minmo_runtime.engine import Engine
 from minmo_runtime.full_context import SettledText
@@ -38,15 +39,8 @@ from minmo_runtime.profiles import (
     sources,
     sources_of,
 )
-from minmo_runtime.weights import (
-    Checkpoint,
-    CheckpointError,
-    load_checkpoint,
-    module_of,
-    parts,
-    save_weights,
-    toml_of,
-)
+from minmo_runtime.weight_files import save_weights
+from minmo_runtime.weights import Checkpoint, load_checkpoint
 from tests.minmo_runtime.public_files import write_public_checkpoint
 
 CONFIG = RuntimeConfig(max_streams=2, max_reply_tokens=8, max_voice_tokens=60)
