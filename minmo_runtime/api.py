@@ -156,6 +156,17 @@ class ToolCallRequested(Message, frozen=True):
     arguments: dict[str, str]
 
 
+class DraftEnded(Message, frozen=True):
+    """What became of a reply that was written before `StartReply`, at a low P(user_done); nothing of it was sent yet.
+
+    outcome "committed": it is turn `turn_id`, whose text follows. "discarded": the caller went on, `turn_id` is empty.
+    """
+
+    outcome: str
+    turn_id: str = ""
+    num_text_tokens: int = 0
+
+
 class ReplyFinished(Message, frozen=True):
     """All text and audio of the turn were delivered. `num_samples` is the total at the output rate."""
 
@@ -190,6 +201,7 @@ RuntimeEvent = (
     | TextDelta
     | AudioDelta
     | ToolCallRequested
+    | DraftEnded
     | ReplyFinished
     | ReplyTruncated
     | StreamFailed

@@ -52,6 +52,10 @@ class RuntimeConfig:
     prediction_ms: int = 160
     """Distance of two duplex predictions on the input clock."""
 
+    draft_probability: float = 0.2
+    """P(user_done) above which a reply's text is written ahead of the decision to speak, to be thrown away if the
+    caller goes on; 1 = never."""
+
     num_threads: int = 1
     """torch threads; more than one collapses when another process holds a core (facts/nano.md §1)."""
 
@@ -89,6 +93,7 @@ class RuntimeConfig:
             ("preroll_ms", 0, 2000),
             ("hangover_ms", 100, 5000),
             ("prediction_ms", 20, 1000),
+            ("draft_probability", 0.0, 1.0),
             ("num_threads", 1, 64),
             ("sound_rows", 1, 256),
             ("flow_window_s", 0.0, 30.0),

@@ -12,7 +12,7 @@ import dataclasses
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -84,14 +84,12 @@ class Engine:
                 return self._deliver((stream,))
 
     def step(self, now: float) -> list[RuntimeEvent]:
-        """One job, or none. Returns the events it made, of each call in order."""
+        """One job, or none. Returns the events there are, of each call in order."""
         for stream in self.streams.values():
             stream.advance()
         job = self.scheduler.pick(self.streams.values(), now)
-        if job is None:
-            return []
-        failed = self._run(job, now)
-        events = self._deliver(job.streams)
+        failed = self._run(job, now) if job is not None else {}
+        events = self._deliver(self.streams.values())
         for call_id, reason in failed.items():
             self._free(self.streams[call_id])
             events.append(StreamFailed(call_id=call_id, reason=reason))
@@ -101,7 +99,7 @@ class Engine:
         """Whether `step(now)` would do something."""
         for stream in self.streams.values():
             stream.advance()
-        return any(self.scheduler.ready(stream, now) for stream in self.streams.values())
+        return any(stream.outbox or self.scheduler.ready(stream, now) for stream in self.streams.values())
 
     @property
     def has_replies(self) -> bool:
@@ -143,11 +141,12 @@ class Engine:
                 self.job_times.append((job.kind, len(job.streams), seconds))
                 self.num_long_jobs += seconds * 1000 > self.config.max_job_ms
 
-    def _deliver(self, streams: tuple[Stream, ...]) -> list[RuntimeEvent]:
+    def _deliver(self, streams: Iterable[Stream]) -> list[RuntimeEvent]:
         events: list[RuntimeEvent] = []
         for stream in streams:
-            events += stream.outbox
-            stream.outbox = []
+            if stream.outbox:
+                events += stream.outbox
+                stream.outbox = []
         return events
 
 

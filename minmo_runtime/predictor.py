@@ -34,11 +34,11 @@ class Predictor:
         """0 without a trained predictor."""
         return self.duplex.dims.step_ms if self.duplex is not None else 0
 
-    def predict(self, streams: list[Stream]) -> dict[str, str]:
+    def predict(self, streams: list[Stream], now: float) -> dict[str, str]:
         """Answer each call's oldest moment."""
-        return each(streams, lambda _, stream: self._predict(stream))
+        return each(streams, lambda _, stream: self._predict(stream, now))
 
-    def _predict(self, stream: Stream) -> None:
+    def _predict(self, stream: Stream, now: float) -> None:
         assert self.duplex is not None, "no predictor in this checkpoint"
         moment = stream.moments.popleft()
         if stream.predictor_state is None:
@@ -48,7 +48,7 @@ class Predictor:
         if not bool(torch.isfinite(chances).all()):
             raise StreamFailure("the duplex predictor gave NaN")
         posterior: dict[str, Any] = dict(zip(CLASSES, chances.tolist(), strict=True))
-        stream.emit(DuplexPrediction(call_id=stream.call_id, sample=moment.sample, **posterior))
+        stream.predicted(DuplexPrediction(call_id=stream.call_id, sample=moment.sample, **posterior), now)
 
     def _inputs(self, stream: Stream, moment: Moment) -> StepInputs:
         """One step, [1, ...] each."""

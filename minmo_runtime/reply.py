@@ -51,6 +51,7 @@ class Reply:
     forced_text: str = ""  # of a Say
     style: str = ""
     is_forced: bool = False
+    is_draft: bool = False  # made ahead of the decision to speak: nothing of it leaves (drafting.py)
     forced_ids: list[int] = field(default_factory=list)
     # --- text
     text: str = ""  # spoken text so far
@@ -64,6 +65,7 @@ class Reply:
     known_numbers: list[tuple[int, ...]] = field(default_factory=list)  # of the conversation: a tool line has no others
     tool_call_id: str = ""
     num_tools: int = 0
+    wanted_tool: tuple[str, dict[str, str]] | None = None  # of a draft: name and arguments, asked for when it is spoken
     user_text: str = ""  # the user turn it answers: given back if the turn was not over
     # --- context
     waiting_segments: list[Segment] = field(default_factory=list)  # the user turn's speech when it was closed

@@ -72,7 +72,7 @@ class Runner:
         hearing, sound = self.hearing, self.sound
         jobs: dict[JobKind, RunRows] = {
             JobKind.ENCODE: hearing.encode,
-            JobKind.PREDICT: self.predictor.predict,
+            JobKind.PREDICT: lambda streams: self.predictor.predict(streams, now),
             JobKind.PREFILL: self._prefill,
             JobKind.DECODE: self._decode,
             JobKind.VOICE: sound.voice_tokens,
@@ -136,7 +136,8 @@ class Runner:
 
     def _decode(self, streams: list[Stream]) -> dict[str, str]:
         """Draw (or, for a Say, take) one text token per call and, unless it ends the text, feed it."""
-        replies = [stream.replies[0] for stream in streams]
+        replies = [stream.head for stream in streams if stream.head is not None]  # a reply, or a draft of one
+        assert len(replies) == len(streams), "decoding without a reply"
         tokens = self._draw(replies)
         ends = (None, self.turn_end, self.tool_call_end)
         feeding = [row for row, token in enumerate(tokens) if token not in ends and replies[row].hidden is not None]

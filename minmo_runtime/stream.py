@@ -20,6 +20,8 @@ from minmo_runtime.api import (
     AudioDelta,
     CancelReply,
     DiscardOverlap,
+    DraftEnded,
+    DuplexPrediction,
     OpenStream,
     PushAudio,
     PushText,
@@ -35,6 +37,7 @@ from minmo_runtime.api import (
 )
 from minmo_runtime.config import RuntimeConfig
 from minmo_runtime.conversation import Conversation
+from minmo_runtime.drafting import Drafting
 from minmo_runtime.ear import Ear, Moment
 from minmo_runtime.rates import Rates, input_samples
 from minmo_runtime.reply import Reply, ReplyPhase
@@ -80,6 +83,7 @@ class Stream:
         for role, text in request.history:
             self.conversation.add(role, plain(text))
         self.conversation.retarget()
+        self.drafting = Drafting(self.ear, self.conversation, config.draft_probability)
         self.replies: deque[Reply] = deque()
         self.last_reply: Reply | None = None  # finished, its audio may still be playing
         self.truncations: deque[Truncation] = deque()
@@ -122,7 +126,7 @@ class Stream:
     def expect_user_turn(self, settled: str) -> None:
         """What has settled of the caller's open segment goes into the LLM's cache ahead of the turn's end. If later
         words differ, the common prefix shrinks: the cache is cut back there, and nothing else has to be undone."""
-        if self.replies or self.truncations or self.needs_hidden:
+        if self.replies or self.truncations or self.needs_hidden or self.drafting.reply:
             return
         text = " ".join(part for part in (*self.ear.overlap_text, *self.ear.user_text, settled) if part)
         self.conversation.retarget("user", plain(normalise_spoken(text)))
@@ -134,6 +138,7 @@ class Stream:
         self.replies.append(reply)
 
     def _say(self, request: Say, now: float) -> None:
+        self.drop_draft()
         text = " ".join(request.text.split())
         reply = Reply(
             request.turn_id,
@@ -165,6 +170,7 @@ class Stream:
         if reply is None:
             self.emit(ReplyTruncated(call_id=self.call_id, turn_id=request.turn_id, heard_text="", generated_text=""))
             return
+        self.drop_draft()
         if reply in self.replies:
             self.replies.remove(reply)
         self.last_reply = None
@@ -184,24 +190,51 @@ class Stream:
 
     @property
     def head(self) -> Reply | None:
-        """The reply that is worked on; none while a cut is being resolved (it decides the context)."""
-        return self.replies[0] if self.replies and not self.truncations else None
+        """The reply that is worked on, else a draft; none while a cut is being resolved (it decides the context)."""
+        if self.truncations:
+            return None
+        return self.replies[0] if self.replies else self.drafting.reply
 
     def advance(self) -> None:
         """Transitions that need no model: the user turn is fully heard → its text goes into the context."""
+        if not self.replies and self.drafting.is_stale:
+            self.drop_draft()
         reply = self.head
-        if reply is not None and reply.phase is ReplyPhase.TOOL:
+        if reply is not None and reply.phase is ReplyPhase.TOOL and not reply.is_draft:
             self._let_a_say_pass()
         if reply is None or reply.phase is not ReplyPhase.LISTENING:
             return
         if any(not segment.is_final for segment in reply.waiting_segments):
             return
+        user_text = normalise_spoken(self.ear.take_user_turn())
+        if draft := self.drafting.commit(reply, user_text):
+            self._speak_draft(draft)
+            return
+        self.drop_draft()
         reply.messages_before = list(self.conversation.messages)
-        reply.user_text = normalise_spoken(self.ear.take_user_turn())
+        reply.user_text = user_text
         self.conversation.add("user", reply.user_text)
         self.conversation.retarget("assistant")
         reply.wants_query = self.needs_hidden
         reply.become(ReplyPhase.PREFILL)
+
+    def _speak_draft(self, draft: Reply) -> None:
+        """It is the reply that was asked for: what it kept back goes out."""
+        self.replies[0] = draft
+        self._count_draft(draft, "committed")
+        if draft.text:
+            self.emit(TextDelta(call_id=self.call_id, turn_id=draft.turn_id, text=draft.text))
+        if draft.wanted_tool is not None:
+            self.request_tool(draft, *draft.wanted_tool)
+
+    def drop_draft(self) -> None:
+        """What was written ahead answers nothing any more."""
+        if draft := self.drafting.discard():
+            self._count_draft(draft, "discarded")
+
+    def _count_draft(self, draft: Reply, outcome: str) -> None:
+        tokens = draft.num_drawn
+        self.emit(DraftEnded(call_id=self.call_id, turn_id=draft.turn_id, outcome=outcome, num_text_tokens=tokens))
 
     def _let_a_say_pass(self) -> None:
         """A Say that queued behind a reply need not wait for that reply's tool."""
@@ -229,8 +262,8 @@ class Stream:
         self.outbox.append(event)
 
     def send_text(self, reply: Reply, text: str) -> None:
-        if text:
-            reply.text += text
+        reply.text += text
+        if text and not reply.is_draft:
             self.emit(TextDelta(call_id=self.call_id, turn_id=reply.turn_id, text=text))
 
     def send_audio(self, reply: Reply, pcm: NDArray[np.int16], now: float) -> None:
@@ -296,6 +329,9 @@ class Stream:
         self.conversation.retarget()
 
     def request_tool(self, reply: Reply, name: str, arguments: dict[str, str]) -> None:
+        if reply.is_draft:  # no tool, whatever it does, runs for words that may not be the caller's last
+            reply.wanted_tool = name, arguments
+            return
         reply.num_tools += 1
         reply.tool_call_id = f"{self.call_id}/{reply.turn_id}/{reply.num_tools}"
         self.emit(
@@ -336,11 +372,17 @@ class Stream:
         """Whether everything that the oldest owed prediction may know has been encoded."""
         return bool(self.moments) and self.moments[0].num_chunks <= self.ear.num_chunks_encoded
 
+    def predicted(self, prediction: DuplexPrediction, now: float) -> None:
+        """The answer to an owed prediction; at a likely end of the caller's turn a draft begins."""
+        self.emit(prediction)
+        if not (self.replies or self.truncations or self.is_agent_speaking(now)):
+            self.drafting.consider(prediction.user_done, needs_query=self.needs_hidden)
+
     def _predict(self, now: float) -> None:
         while self._next_prediction <= self.ear.clock:
             moment = self.ear.moment(self._next_prediction, self.is_agent_speaking(now))
             if self.predicts_itself:
                 self.moments.append(moment)  # answered when what was heard by then is encoded (predictor.py)
             else:
-                self.emit(bridges.predict(self.call_id, self.ear.view(moment, self.slot_digits)))
+                self.predicted(bridges.predict(self.call_id, self.ear.view(moment, self.slot_digits)), now)
             self._next_prediction += self.prediction_samples
