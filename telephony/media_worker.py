@@ -36,7 +36,7 @@ from telephony.leg import (
 from telephony.leg_media import LegMedia
 from telephony.ring import LegRings
 from telephony.sip.causes import Cause
-from telephony.wire import Alive, CommandRefused, Hello, LegOpened, PlaceCall, SendDtmf, ToWorker
+from telephony.wire import Alive, CommandRefused, Hello, JoinLegs, LegOpened, PlaceCall, SendDtmf, ToWorker
 
 _DEADLINES_EVERY_S = 0.25
 _EXIT_WITHIN_S = 3.0
@@ -82,6 +82,8 @@ class Endpoint(Protocol):
     def legs(self) -> dict[str, Any]: ...
 
     def place_call(self, request: PlaceCall) -> Any: ...
+
+    def join(self, leg: Any, other: Any) -> None: ...
 
     def forget(self, leg: Any) -> None: ...
 
@@ -205,6 +207,8 @@ class MediaWorker:
                 return  # it ended while the command was on its way; the agent will read so
             if isinstance(message, SendDtmf):
                 leg.send_dtmf(message.digits, message.method)
+            elif isinstance(message, JoinLegs):
+                self._endpoint.join(leg, self._endpoint.legs.get(message.other_leg_id))
             else:
                 leg.carry_out(message, self._now_s)
         except (LegError, CannotDo, ValueError) as error:
@@ -217,7 +221,7 @@ class MediaWorker:
 
     def _refuse(self, message: Any, reason: str) -> None:
         print(f"worker: {type(message).__name__} {message.leg_id}: {reason}", file=sys.stderr)
-        if isinstance(message, Refer):
+        if isinstance(message, Refer | JoinLegs):
             self._link.send(ReferResult(leg_id=message.leg_id, sip_status=400, reason=reason))
         else:
             self._link.send(CommandRefused(leg_id=message.leg_id, command=type(message).__name__, reason=reason))

@@ -128,6 +128,15 @@ class SendDtmf(_WireMessage, frozen=True):
     method: str = "auto"
 
 
+class JoinLegs(_WireMessage, frozen=True):
+    """Let the parties of two legs of this worker hear each other, and the agent no longer speak to the other one: that
+    leg ends for the agent (cause transferred) while its party stays. This leg is told `ReferResult` 200 "joined", and
+    is left by `Hangup` with cause transferred."""
+
+    leg_id: str
+    other_leg_id: str
+
+
 class Alive(_WireMessage, frozen=True):
     """The agent's event loop turns."""
 
@@ -147,7 +156,7 @@ ToAgent = (
     | TrunkChanged
     | SecurityEvent
 )
-ToWorker = PlaceCall | SendDtmf | Alive | Answer | Progress | Reject | Hangup | Hold | Unhold | Refer
+ToWorker = PlaceCall | SendDtmf | JoinLegs | Alive | Answer | Progress | Reject | Hangup | Hold | Unhold | Refer
 
 _encoder = msgspec.msgpack.Encoder()
 _to_agent: msgspec.msgpack.Decoder[ToAgent] = msgspec.msgpack.Decoder(ToAgent)

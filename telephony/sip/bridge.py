@@ -1,17 +1,25 @@
-"""A transfer whose REFER was refused is carried out by us: we call the target and join the two parties' audio.
+"""Two parties joined in this worker: a transfer whose REFER was refused, or a person the agent has called (hand-off).
 
-What a B2BUA does (RFC 7092 §3.1.3), only after the party said no to RFC 3515. The agent sees one thing: `ReferResult`
-with 200 "bridged" when the target has answered, or the target's refusal. When the agent then leaves with cause
-`transferred`, the two parties stay joined in this worker until one of them hangs up; both count against its calls.
-Plain state: the endpoint is told what the legs report and acts.
+What a B2BUA does (RFC 7092 §3.1.3). Two ways in:
+
+* the party said no to our REFER (RFC 3515) and `bridges_refused_transfers` is set: we call the target. The agent sees
+  one thing: `ReferResult` with 200 "bridged" when the target has answered, or the target's refusal;
+* `JoinLegs`: the agent has called a person itself, and connects the two. The person's leg ends for the agent there
+  and then; the party's is told `ReferResult` 200 "joined".
+
+When the agent then leaves with cause `transferred`, the two stay joined until one of them hangs up; both count against
+the worker's calls. Told by the endpoint what the legs report; on its thread only.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from telephony.leg import ReferResult
+from telephony.leg import Flush, LegDisconnected, LegEvent, LegState, LegStateChanged, ReferResult
+from telephony.sip.causes import Cause
 
 if TYPE_CHECKING:
     from telephony.sip.leg import SipLeg
@@ -19,16 +27,114 @@ if TYPE_CHECKING:
 
 @dataclass
 class Bridge:
-    """Owned by the endpoint."""
-
     party: SipLeg  # who was to be transferred
     target: SipLeg
-    refusal: ReferResult  # what the REFER got
+    refusal: ReferResult | None = None  # what the REFER got
     is_joined: bool = False
     is_left_by_agent: bool = False
 
     def other(self, leg: SipLeg) -> SipLeg:
         return self.target if leg is self.party else self.party
+
+
+class CannotCall(Exception):
+    """The target cannot be called; the text says why."""
+
+
+CallTarget = Callable[["SipLeg", Callable[["SipLeg"], None]], None]
+"""(party, announce): calls what the party was referred to, after `announce(target leg)`. CannotCall."""
+
+
+class Bridges:
+    """All bridges of one endpoint. `hidden` (by id()): legs the agent is not to hear of, the endpoint's."""
+
+    def __init__(
+        self, is_on: bool, legs: dict[str, SipLeg], hidden: dict[int, SipLeg],
+        sink: Callable[[SipLeg, LegEvent], None], call_target: CallTarget,
+    ) -> None:  # fmt: skip
+        self._is_on, self._legs, self._hidden, self._sink, self._call_target = is_on, legs, hidden, sink, call_target
+        self._bridges: list[Bridge] = []
+        self._join_later: list[Bridge] = []
+        self._refused: list[tuple[SipLeg, ReferResult]] = []  # to be bridged from `poll`
+
+    def __bool__(self) -> bool:
+        return bool(self._bridges)
+
+    @property
+    def legs(self) -> list[SipLeg]:
+        return [leg for bridge in self._bridges for leg in (bridge.party, bridge.target)]
+
+    def poll(self) -> None:
+        """What pjsip's callbacks left to do."""
+        while self._refused:
+            self._bridge(*self._refused.pop(0))
+        while self._join_later:
+            self._join(self._join_later.pop(0))
+
+    def join_legs(self, party: SipLeg, person: SipLeg) -> None:
+        """Both belong to the agent; ValueError unless both are up."""
+        for leg in (party, person):
+            if leg is party is person or leg.state is not LegState.CONFIRMED or leg.is_joined:
+                raise ValueError("both legs must be confirmed and not joined yet")
+        for leg in (party, person):  # nothing the agent has still to say is for a joined party
+            leg.media.local_commands.append(Flush(leg_id=leg.leg_id))
+        bridge = Bridge(party, person)
+        self._bridges.append(bridge)
+        self._connect(bridge)
+        self._sink(person, LegDisconnected(leg_id=person.leg_id, cause=Cause.TRANSFERRED, by="agent"))
+        self._sink(party, ReferResult(leg_id=party.leg_id, sip_status=200, reason="joined"))
+
+    def takes(self, leg: SipLeg, event: LegEvent) -> bool:
+        """Act on what concerns a bridge; True: the agent is not to hear of it."""
+        if isinstance(event, ReferResult):
+            is_refused = event.sip_status >= 300 and self._is_on and leg.leg_id in self._legs
+            if is_refused:
+                self._refused.append((leg, event))
+            return is_refused
+        bridge = next((bridge for bridge in self._bridges if leg in (bridge.party, bridge.target)), None)
+        if bridge is None:
+            return False
+        if isinstance(event, LegDisconnected) and leg.state is not LegState.DISCONNECTED:
+            bridge.is_left_by_agent = True  # the agent goes, the parties stay
+            return False
+        if isinstance(event, LegStateChanged) and leg is bridge.target and event.state is LegState.CONFIRMED:
+            self._join_later.append(bridge)
+        if isinstance(event, LegStateChanged) and event.state is LegState.DISCONNECTED:
+            self._part(bridge, leg)
+        return leg is bridge.target or bridge.is_left_by_agent
+
+    def _bridge(self, party: SipLeg, refusal: ReferResult) -> None:
+        """The party refused the REFER: call the target ourselves. What cannot be done leaves the refusal as it was."""
+        try:
+            self._call_target(party, lambda target: self._bridges.append(Bridge(party, target, refusal)))
+        except CannotCall as error:
+            self._bridges = [bridge for bridge in self._bridges if bridge.party is not party]
+            print(f"sip: {party.leg_id}: not bridged: {error}", file=sys.stderr)
+            self._sink(party, refusal)
+
+    def _join(self, bridge: Bridge) -> None:
+        """From `poll`, when the target's media is up."""
+        self._connect(bridge)
+        self._sink(bridge.party, ReferResult(leg_id=bridge.party.leg_id, sip_status=200, reason="bridged"))
+
+    def _connect(self, bridge: Bridge) -> None:
+        bridge.party.join(bridge.target)
+        bridge.target.join(bridge.party)
+        bridge.is_joined = True
+
+    def _part(self, bridge: Bridge, gone: SipLeg) -> None:
+        self._bridges.remove(bridge)
+        other = bridge.other(gone)
+        other.is_joined = False
+        if gone is bridge.target or bridge.is_left_by_agent:
+            gone.dispose()
+        if gone is bridge.target and not bridge.is_joined:
+            refusal = ReferResult(leg_id=bridge.party.leg_id, sip_status=gone.sip_status, reason="target refused")
+            self._sink(bridge.party, refusal)
+        else:
+            if other is bridge.target or bridge.is_left_by_agent:
+                self._hidden[id(other)] = other
+            other.end(Cause.TRANSFERRED if bridge.is_joined else Cause.NORMAL)
 
 
 def call_for(refer_to: str) -> tuple[str, str]:

@@ -16,10 +16,10 @@ from functools import partial
 import pjsua2 as pj
 
 from telephony.config import TelephonyConfig
-from telephony.leg import LegDisconnected, LegEvent, LegIncoming, LegState, LegStateChanged, ReferResult
+from telephony.leg import LegDisconnected, LegEvent, LegIncoming, LegState, LegStateChanged
 from telephony.sip import packet_filter
 from telephony.sip.accounts import Account, TrunkAccount, host_of
-from telephony.sip.bridge import Bridge, call_for
+from telephony.sip.bridge import Bridges, CannotCall, call_for
 from telephony.sip.causes import Cause, cause_of_status
 from telephony.sip.gate import Gate, SecurityLog, is_port_free
 from telephony.sip.leg import SipLeg
@@ -64,9 +64,9 @@ class SipEndpoint:
         self._attempts: dict[str, OutboundAttempt] = {}  # outbound calls nobody has taken yet
         self._next_routes: list[tuple[SipLeg, int]] = []  # (failed leg, its status), to be tried from `poll`
         self._buried: list[tuple[float, SipLeg]] = []
-        self.bridges: list[Bridge] = []
-        self._join_later: list[Bridge] = []
-        self._refused_transfers: list[tuple[SipLeg, ReferResult]] = []  # to be bridged from `poll`
+        self.bridges = Bridges(
+            config.bridges_refused_transfers, self.legs, self._hidden, self._sink, self._call_target
+        )  # fmt: skip
         self._now_s = 0.0
         self._free_rtp_port = _free_even_port(config.sip_bind)
         self._endpoint = pj.Endpoint()
@@ -186,10 +186,7 @@ class SipEndpoint:
         self._endpoint.libHandleEvents(wait_ms)
         while self._next_routes:
             self._try_next(*self._next_routes.pop(0))
-        while self._refused_transfers:
-            self._bridge(*self._refused_transfers.pop(0))
-        while self._join_later:
-            self._join(self._join_later.pop(0))
+        self.bridges.poll()
         if self._gate is not None:
             self._gate.poll(now_s)
         while self._log.malformed:
@@ -199,7 +196,7 @@ class SipEndpoint:
     def _bury(self, now_s: float) -> None:
         """Free finished legs. pjsua2's destructor of a Call acts on its slot number, so never while a new call has the
         slot."""
-        in_use = {leg.getId() for leg in (*self.legs.values(), *self._hidden.values(), *self._bridged())}
+        in_use = {leg.getId() for leg in (*self.legs.values(), *self._hidden.values(), *self.bridges.legs)}
         self._buried = [(at_s, leg) for at_s, leg in self._buried if at_s > now_s or leg.getId() in in_use]
 
     def check_deadlines(self, now_s: float) -> None:
@@ -216,7 +213,7 @@ class SipEndpoint:
     def _due(self, now_s: float) -> list[tuple[str, Callable[[], None]]]:
         due: list[tuple[str, Callable[[], None]]]
         due = [(leg_id, partial(leg.on_time, now_s)) for leg_id, leg in self.legs.items()]
-        due += [(leg.leg_id, partial(leg.on_time, now_s)) for leg in self._bridged() if leg.leg_id not in self.legs]
+        due += [(leg.leg_id, partial(leg.on_time, now_s)) for leg in self.bridges.legs if leg.leg_id not in self.legs]
         due += [(name, partial(account.on_time, now_s)) for name, account in self._trunks.items()]
         for leg_id, attempt in self._attempts.items():
             leg = self.legs[leg_id]
@@ -258,6 +255,8 @@ class SipEndpoint:
     def place_call(self, request: PlaceCall) -> SipLeg:
         """INVITE; TrunkRefused when configuration does not allow it. The leg's first event comes with the next
         `poll`."""
+        if self.num_calls >= self.max_calls:
+            raise TrunkRefused("all calls of this worker are in use")
         routes = routes_of(request.uri, request.number, request.trunks, self.config)
         for account in self._trunks.values():
             routes = account.routes(routes)
@@ -345,7 +344,7 @@ class SipEndpoint:
         is_over = isinstance(event, LegStateChanged) and event.state is LegState.DISCONNECTED
         if is_over:
             self._buried.append((self._now_s + _BURIAL_S, leg))
-        if self._is_for_bridge(leg, event):
+        if self.bridges.takes(leg, event):
             return
         attempt = self._attempts.get(leg.leg_id)
         if attempt is not None and id(leg) not in self._hidden:
@@ -373,13 +372,16 @@ class SipEndpoint:
     @property
     def num_calls(self) -> int:
         """All that use a slot, the agent's and the joined ones."""
-        return len({leg.leg_id for leg in (*self.legs.values(), *self._bridged())})
+        return len({leg.leg_id for leg in (*self.legs.values(), *self.bridges.legs)})
 
-    def _bridged(self) -> list[SipLeg]:
-        return [leg for bridge in self.bridges for leg in (bridge.party, bridge.target)]
+    def join(self, leg: SipLeg, other: SipLeg | None) -> None:
+        """See `wire.JoinLegs`; ValueError when it cannot be."""
+        if other is None:
+            raise ValueError("the other leg is gone")
+        self.bridges.join_legs(leg, other)
 
-    def _bridge(self, party: SipLeg, refusal: ReferResult) -> None:
-        """The party refused the REFER: call the target ourselves. What cannot be done leaves the refusal as it was."""
+    def _call_target(self, party: SipLeg, announce: Callable[[SipLeg], None]) -> None:
+        """The party refused our REFER: an INVITE of ours to where it pointed."""
         request = PlaceCall(leg_id=uuid.uuid4().hex[:16], from_user=party.incoming.ani if party.incoming else "")
         try:
             if party.state is not LegState.CONFIRMED or self.num_calls >= self.max_calls:
@@ -390,52 +392,10 @@ class SipEndpoint:
             target = SipLeg(
                 account, self.config, request.leg_id, "outbound", self._on_leg, self._ports, security=self._note
             )
-            self.bridges.append(Bridge(party, target, refusal))
+            announce(target)
             target.makeCall(route.uri, self._outbound_param(route, request))
         except (TrunkRefused, pj.Error) as error:
-            self.bridges = [bridge for bridge in self.bridges if bridge.party is not party]
-            print(f"sip: {party.leg_id}: not bridged: {self.reason_of(error)}", file=sys.stderr)
-            self._sink(party, refusal)
-
-    def _is_for_bridge(self, leg: SipLeg, event: LegEvent) -> bool:
-        """Act on what concerns a bridge; True: the agent is not to hear of it."""
-        if isinstance(event, ReferResult):
-            is_refused = event.sip_status >= 300 and self.config.bridges_refused_transfers and leg.leg_id in self.legs
-            if is_refused:
-                self._refused_transfers.append((leg, event))
-            return is_refused
-        bridge = next((bridge for bridge in self.bridges if leg in (bridge.party, bridge.target)), None)
-        if bridge is None:
-            return False
-        if isinstance(event, LegDisconnected) and leg.state is not LegState.DISCONNECTED:
-            bridge.is_left_by_agent = True  # the agent goes, the parties stay
-            return False
-        if isinstance(event, LegStateChanged) and leg is bridge.target and event.state is LegState.CONFIRMED:
-            self._join_later.append(bridge)
-        if isinstance(event, LegStateChanged) and event.state is LegState.DISCONNECTED:
-            self._part(bridge, leg)
-        return leg is bridge.target or bridge.is_left_by_agent
-
-    def _join(self, bridge: Bridge) -> None:
-        """From `poll`, when the target's media is up."""
-        bridge.party.join(bridge.target)
-        bridge.target.join(bridge.party)
-        bridge.is_joined = True
-        self._sink(bridge.party, ReferResult(leg_id=bridge.party.leg_id, sip_status=200, reason="bridged"))
-
-    def _part(self, bridge: Bridge, gone: SipLeg) -> None:
-        self.bridges.remove(bridge)
-        other = bridge.other(gone)
-        other.is_joined = False
-        if gone is bridge.target or bridge.is_left_by_agent:
-            gone.dispose()
-        if gone is bridge.target and not bridge.is_joined:
-            refusal = ReferResult(leg_id=bridge.party.leg_id, sip_status=gone.sip_status, reason="target refused")
-            self._sink(bridge.party, refusal)
-        else:
-            if other is bridge.target or bridge.is_left_by_agent:
-                self._hidden[id(other)] = other
-            other.end(Cause.TRANSFERRED if bridge.is_joined else Cause.NORMAL)
+            raise CannotCall(self.reason_of(error)) from error
 
     def forget(self, leg: SipLeg) -> None:
         """The agent has been told of the end."""
@@ -448,7 +408,7 @@ class SipEndpoint:
         return str(error.info(False)) if isinstance(error, pj.Error) else None
 
     def end_all(self, cause: Cause) -> None:
-        for leg in {id(leg): leg for leg in (*self.legs.values(), *self._bridged())}.values():
+        for leg in {id(leg): leg for leg in (*self.legs.values(), *self.bridges.legs)}.values():
             leg.end(cause)
 
 

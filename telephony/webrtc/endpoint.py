@@ -78,6 +78,9 @@ class WebRtcEndpoint:
     def place_call(self, request: PlaceCall) -> WebRtcLeg:
         raise CannotDo("a browser cannot be called")
 
+    def join(self, leg: WebRtcLeg, other: WebRtcLeg | None) -> None:
+        raise CannotDo("browsers cannot be joined with another call")
+
     def forget(self, leg: WebRtcLeg) -> None:
         """The agent has been told of the end."""
         if self.legs.pop(leg.leg_id, None) is not None:

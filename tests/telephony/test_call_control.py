@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("pjsua2")
 
 from agent.raw_sip_peer import PCMU, RawPeer, header, to_tag  # noqa: E402
-from telephony.client import WorkerClient  # noqa: E402
+from telephony.client import CallRefused, WorkerClient  # noqa: E402
 from telephony.config import TelephonyConfig  # noqa: E402
 from telephony.dtmf import DtmfDetector, tones  # noqa: E402
 from telephony.leg import (  # noqa: E402
@@ -386,6 +386,84 @@ async def test_target_that_is_not_configured_is_not_called(bridging_worker):
         call.peer.respond(await asyncio.to_thread(call.peer.receive, "REFER"), "603 Decline")
         assert (await call.until(ReferResult)).sip_status == 603
         assert not call.of(LegDisconnected)
+
+
+@contextlib.asynccontextmanager
+async def person_called(worker, call):
+    """The agent has called somebody on a second leg: (leg, raw peer, its INVITE, events of that leg)."""
+    peer = RawPeer(worker.address)
+    peer.socket.settimeout(6)
+    leg = await call.client.place_call(f"sip:desk@127.0.0.1:{peer.port}", from_user="raw")
+    events = []
+
+    async def collect():
+        async for event in leg.events():
+            events.append(event)
+
+    task = asyncio.create_task(collect())
+    invite = await asyncio.to_thread(peer.receive, "INVITE")
+    peer.respond(invite, "200 OK", peer.sdp())
+    await asyncio.to_thread(peer.receive, "ACK")
+    async with asyncio.timeout(5):
+        while leg.state is not LegState.CONFIRMED:  # noqa: ASYNC110 - the worker changes it
+            await asyncio.sleep(0.02)
+    try:
+        yield leg, peer, invite, events
+    finally:
+        leg.hang_up()
+        peer.close()
+        task.cancel()
+
+
+async def test_person_who_was_called_is_joined_with_the_caller_and_nothing_queued_follows(bridging_worker, tone):
+    """Warm hand-off: the agent connects two legs of its own and leaves both."""
+    async with ringing(bridging_worker) as call:
+        ok = await call.answer()
+        async with person_called(bridging_worker, call) as (leg, desk, invite, events):
+            await leg.send(Play(leg_id=leg.leg_id, item_id="s", pcm=tone(20.0), sample_rate_hz=RATE, is_final=True))
+            assert [packet for packet in await asyncio.to_thread(packets, desk, 0.5) if loud(packet)]
+            call.leg.join(leg)
+            assert (await call.until(ReferResult)).reason == "joined"
+            await asyncio.to_thread(packets, desk, 0.3)  # what was on its way
+            assert not [packet for packet in await asyncio.to_thread(packets, desk, 0.5) if loud(packet)]
+            assert events[-1].cause == "transferred" and leg.state is LegState.DISCONNECTED
+            await call.leg.send(Hangup(leg_id=call.leg.leg_id, cause="transferred"))
+            assert (await call.until(LegDisconnected)).cause == "transferred"
+            heard = asyncio.create_task(asyncio.to_thread(packets, desk, 2.0))
+            await send_rtp(call, ok, tone(2.0))
+            assert len([packet for packet in await heard if loud(packet)]) > 25
+            call.peer.respond(await asyncio.to_thread(bye_after_hangup, desk, call, invite), "200 OK")
+
+
+async def test_caller_who_hangs_up_when_joined_ends_the_persons_leg_too(worker):
+    async with ringing(worker) as call:
+        await call.answer()
+        async with person_called(worker, call) as (leg, desk, _, _):
+            call.leg.join(leg)
+            await call.until(ReferResult)
+            call.peer.request("BYE", 50, call.tag)
+            assert await asyncio.to_thread(desk.receive, "BYE")
+
+
+async def test_leg_that_is_gone_cannot_be_joined_and_the_call_goes_on(worker):
+    async with ringing(worker) as call:
+        await call.answer()
+        async with person_called(worker, call) as (leg, desk, _, _):
+            leg.hang_up()
+            await asyncio.to_thread(desk.receive, "BYE")
+            call.leg.join(leg)
+            assert (await call.until(ReferResult)).sip_status == 400
+            assert not call.of(LegDisconnected)
+
+
+async def test_second_leg_is_counted_before_it_starts():
+    """A worker that is full places no call, and says so before anything is sent."""
+    with await asyncio.to_thread(WorkerProcess, TelephonyConfig(sip_port=0, max_calls=1)) as full:
+        async with ringing(full) as call:
+            await call.answer()
+            assert call.client.num_free == 0
+            with pytest.raises(CallRefused, match="in use"):
+                await call.client.place_call("sip:desk@127.0.0.1:9")
 
 
 # ------------------------------------------------------------------- wideband
