@@ -11,7 +11,6 @@ the true text.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,96 +24,17 @@ from minmo_runtime.model.encoder import VoiceEncoder
 from minmo_runtime.model.lora import Lora, LoraDims
 from minmo_runtime.model.projector import InputProjector, ProjectorDims
 from minmo_runtime.model.voice_tokenizer import pad_features
-from minmo_runtime.text import SPOKEN_DIGITS, TextTokenizer, chat_turn, normalise_spoken
-from minmo_runtime.training.dialogues import Turn, dialogue
+from minmo_runtime.text import SPOKEN_DIGITS, TextTokenizer, normalise_spoken
+from minmo_runtime.training.alignment_calls import AUDIO, Call, is_spoken, lay_out, load_calls, make_calls
 from minmo_runtime.training.evaluate import spoken_words
-from minmo_runtime.training.freeze import only_trainable
+from minmo_runtime.training.freeze import only_trainable, part_hash
 from minmo_runtime.training.llm import SLOT_TOOLS, load_llm
 from minmo_runtime.training.loop import LoopSettings, StepLoop
 from minmo_runtime.training.ngram import NGRAM_FILE
 from minmo_runtime.training.resume import load_tensors, save_tensors
-from minmo_runtime.training.spoken import Mouth, Ragged, load_arrays, save_arrays
+from minmo_runtime.training.served_llm import LORA_PART, base_hash, hash_with, lora_metadata
 from minmo_runtime.training.stage import StageConfig, part_file
 from minmo_runtime.training.tokenizer import load_encoder
-
-AUDIO = -1  # a position that a projector vector fills
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call laid out for the LLM: ids with AUDIO positions, what is learnt, and its spoken turns' features in
-    order.
-    """
-
-    turns: tuple[Turn, ...]
-    features: list[np.ndarray]  # of the spoken caller turns
-    ids: np.ndarray
-    target: np.ndarray
-    spans: list[tuple[int, int, Turn]]  # learnt turns: first and behind-last position
-
-
-def is_spoken(turn: Turn) -> bool:
-    """Keypad turns stay text, as in service."""
-    return turn.role == "user" and not turn.text.startswith("keypad")
-
-
-def lay_out(
-    turns: tuple[Turn, ...], features: list[np.ndarray], tokenizer: TextTokenizer, captions: list[str] | None = None
-) -> Call:
-    """Positions of a call. With `captions`, spoken turns hold that text instead of audio positions (the bridge)."""
-    ids: list[int] = []
-    target: list[bool] = []
-    spans: list[tuple[int, int, Turn]] = []
-    number = 0
-    for turn in turns:
-        text = turn.text
-        if is_spoken(turn):
-            number += 1
-            if captions is None:
-                opening = tokenizer.encode(chat_turn("user", "", is_open=True))
-                num_vectors = (len(features[number - 1]) + 3) // 4 // 2
-                new = [*opening, *[AUDIO] * num_vectors, *tokenizer.encode("<|im_end|>")]
-                ids, target = ids + new, target + [False] * len(new)
-                continue
-            text = captions[number - 1]
-        opening = tokenizer.encode(chat_turn(turn.role, "", is_open=True)) if turn.role != "tool" else []
-        whole = tokenizer.encode(chat_turn(turn.role, text))
-        if turn.is_target:
-            spans.append((len(ids) + len(opening), len(ids) + len(whole), turn))
-        target += [False] * len(opening) + [turn.is_target] * (len(whole) - len(opening))
-        ids += whole
-    return Call(turns, features, np.array(ids), np.array(target), spans)
-
-
-def make_calls(path: Path, work_dir: Path, seed: int, split: str, count: int) -> None:
-    """Speak the callers of `count` calls: ragged features by turn; the calls themselves are made again from their
-    seeds.
-    """
-    mouth, rng = Mouth(work_dir), np.random.default_rng([seed, split == "held"])
-    rows, counts = [], []
-    for number in range(count):
-        spoken = [turn for turn in call_turns(seed, split, number) if is_spoken(turn)]
-        voice = ""
-        rows += [mouth.caller(turn.text, rng, split == "held", voice) for turn in spoken]
-        counts.append(len(spoken))
-    arrays = {"counts": np.array(counts)}
-    Ragged.of(rows).save_into(arrays, "features")
-    save_arrays(path, arrays)
-
-
-def call_turns(seed: int, split: str, number: int) -> tuple[Turn, ...]:
-    """Words as they are said: no recognition errors, the audio makes its own."""
-    return tuple(dialogue(f"alignment/{seed}/{number}", split, 0.0))
-
-
-def load_calls(path: Path, tokenizer: TextTokenizer, seed: int, split: str) -> list[Call]:
-    arrays = load_arrays(path)
-    features, first, calls = Ragged.load_from(arrays, "features"), 0, []
-    for number, count in enumerate(arrays["counts"].tolist()):
-        rows = [features[first + offset] for offset in range(count)]
-        calls.append(lay_out(call_turns(seed, split, number), rows, tokenizer))
-        first += count
-    return calls
 
 
 @torch.no_grad()
@@ -242,7 +162,7 @@ def build(stage: StageConfig, work_dir: Path, pieces: Tokenizer, tokenizer: Text
     encoder = load_encoder(work_dir)
     path = part_file(work_dir, "projector")
     if path.exists() and not stage.settings["starts_fresh"]:
-        projector = load_projector(path)
+        projector = load_projector(path, base_hash(path.parent))
     else:
         torch.manual_seed(stage.seed)
         dims = ProjectorDims(
@@ -261,27 +181,44 @@ def build(stage: StageConfig, work_dir: Path, pieces: Tokenizer, tokenizer: Text
     return AlignmentTask(encoder, projector, llm, lora, stage.settings["ctc_weight"])
 
 
-def load_projector(path: Path) -> InputProjector:
+def load_projector(path: Path, base: str) -> InputProjector:
+    """A projector of an earlier stage; what was trained with another LLM points nowhere in this one."""
     tensors, metadata = load_tensors(path)
+    if (other := metadata.get("base_hash", base)) != base:
+        raise ValueError(f"{path}: trained with the LLM {other}, here is {base}: run stage 1a first")
     projector = InputProjector(ProjectorDims.from_dict(json.loads(metadata["dims"])))
     projector.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     return projector
 
 
 def ship(stage: StageConfig, work_dir: Path, task: AlignmentTask, state: dict[str, Tensor]) -> None:
-    """Write the stage's own parts; the encoder keeps the form stage 0b writes."""
-    for part in stage.parts:
-        own = {name.removeprefix(f"{part}."): t for name, t in state.items() if name.startswith(f"{part}.")}
-        if part == "encoder":
-            save_tensors(part_file(work_dir, part), own)
-        elif part == "llm_lora":
-            lora = task.llm_lora
-            assert lora is not None
-            exported = {name: own[f"tensors.{name.replace('.', '__')}"].to(torch.bfloat16) for name in lora.export()}
-            save_tensors(part_file(work_dir, part), exported, {"dims": json.dumps(lora.dims.to_dict())})
-        else:
-            tensors = {name: tensor.to(torch.bfloat16) for name, tensor in own.items()}
-            save_tensors(part_file(work_dir, part), tensors, {"dims": json.dumps(task.projector.dims.to_dict())})
+    """Write the stage's own parts; the encoder keeps the form stage 0b writes. The projector comes last: its file
+    carries the hashes of the encoder and the LLM that it stands between."""
+    own = {
+        part: {name.removeprefix(f"{part}."): t for name, t in state.items() if name.startswith(f"{part}.")}
+        for part in stage.parts
+    }
+    base = base_hash(part_file(work_dir, "llm").parent)
+    heard_by = base
+    if "encoder" in own:
+        save_tensors(part_file(work_dir, "encoder"), own["encoder"])
+    if LORA_PART in own:
+        lora, path = task.llm_lora, part_file(work_dir, LORA_PART)
+        assert lora is not None, f"stage {stage.name} trains {LORA_PART}"
+        exported = {name: own[LORA_PART][f"tensors.{name.replace('.', '__')}"] for name in lora.export()}
+        save_tensors(path, _rounded(exported), lora_metadata(lora.dims, base))
+        heard_by = hash_with(base, path)
+    metadata = {
+        "dims": json.dumps(task.projector.dims.to_dict()),
+        "encoder_hash": part_hash(part_file(work_dir, "encoder")),
+        "llm_hash": heard_by,
+        "base_hash": base,
+    }
+    save_tensors(part_file(work_dir, "projector"), _rounded(own["projector"]), metadata)
+
+
+def _rounded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
 
 
 def run(stage: StageConfig, work_dir: Path, budget_s: float) -> dict[str, float]:
@@ -292,9 +229,10 @@ def run(stage: StageConfig, work_dir: Path, budget_s: float) -> dict[str, float]
     data: dict[str, list[Call]] = {}
     for split, count in (("train", settings["num_calls"]), ("held", settings["num_held_calls"])):
         # Shared by 1a, 1b and 1c: the same seed and sizes stand in their settings.
-        path = work_dir / f"alignment_{split}_{settings['data_seed']}_{count}.npz"
+        path = work_dir / f"gated_calls_{split}_{settings['data_seed']}_{count}.npz"
         if not path.exists():
-            make_calls(path, work_dir, settings["data_seed"], split, count)
+            chunk = load_encoder(work_dir).fbank_frames_per_chunk
+            make_calls(path, work_dir, settings["data_seed"], split, count, chunk)
         data[split] = load_calls(path, tokenizer, settings["data_seed"], split)
     calls = [call for call in data["train"] if call.features and len(call.ids) <= settings["longest_call"]]
     words = [[spoken_words(turn.text) for turn in call.turns if is_spoken(turn)] for call in calls]

@@ -25,10 +25,11 @@ from minmo_runtime.model.voice_lm import VoiceLm
 from minmo_runtime.text import TextTokenizer, chat_turn, digit_runs
 from minmo_runtime.training.dialogues import Turn, dialogue
 from minmo_runtime.training.evaluate import wer_of_codes
-from minmo_runtime.training.freeze import only_trainable, part_hash
-from minmo_runtime.training.llm import encode_row, load_llm
+from minmo_runtime.training.freeze import only_trainable
+from minmo_runtime.training.llm import encode_row
 from minmo_runtime.training.loop import LoopSettings, StepLoop
 from minmo_runtime.training.resume import load_tensors, save_tensors
+from minmo_runtime.training.served_llm import llm_hash, load_served_llm
 from minmo_runtime.training.spoken import Mouth, Ragged, load_arrays, save_arrays
 from minmo_runtime.training.stage import StageConfig, part_file
 from minmo_runtime.training.tokenizer import load_tokenizer
@@ -97,7 +98,7 @@ def caller_span(reply: Reply, tokenizer: TextTokenizer) -> slice:
 
 def make_data(path: Path, work_dir: Path, settings: dict[str, Any], seed: int, split: str, count: int) -> None:
     """`count` replies of calls from `split` with their voice tokens, as ragged rows in one npz."""
-    llm, tokenizer = load_llm(work_dir)
+    llm, tokenizer = load_served_llm(work_dir)
     ids_of, mouth = load_tokenizer(work_dir), Mouth(work_dir)
     rows: dict[str, list[np.ndarray]] = {}
     texts: list[str] = []
@@ -210,7 +211,7 @@ def evaluate(task: SemanticTask, data: Replies, work_dir: Path, num_spoken: int)
 def ship_projector(work_dir: Path, projector: OutputProjector, state: dict[str, Tensor]) -> None:
     """With the LLM's hash beside it: on another LLM's hidden states the projector is worth nothing."""
     tensors = {name: tensor.to(torch.bfloat16) for name, tensor in state.items()}
-    metadata = {"dims": json.dumps(projector.dims.to_dict()), "llm_hash": part_hash(part_file(work_dir, "llm"))}
+    metadata = {"dims": json.dumps(projector.dims.to_dict()), "llm_hash": llm_hash(work_dir / "ship")}
     save_tensors(part_file(work_dir, PART), tensors, metadata)
 
 
@@ -223,7 +224,7 @@ def load_projector(path: Path) -> OutputProjector:
 
 def build_task(stage: StageConfig, work_dir: Path) -> SemanticTask:
     """Shipped voice LM, shipped projector or a fresh one, and the LLM's table."""
-    llm, _ = load_llm(work_dir)
+    llm, _ = load_served_llm(work_dir)
     voice_lm = load_voice_lm(part_file(work_dir, "voice_lm"))
     path = part_file(work_dir, PART)
     if path.exists() and not stage.settings["starts_fresh"]:

@@ -30,6 +30,7 @@ from minmo_runtime.checkpoint_contents import (
 from minmo_runtime.text import TextTokenizer
 from minmo_runtime.training.freeze import part_hash
 from minmo_runtime.training.ngram import NGRAM_FILE
+from minmo_runtime.training.served_llm import hash_with, lora_of, with_lora
 from minmo_runtime.training.stage import STAGES_DIR
 from minmo_runtime.weight_files import file_hash, load_weights, save_weights
 from minmo_runtime.weights import load_checkpoint
@@ -83,9 +84,12 @@ def voice_tokenizer_hash(ship: Path, part: str) -> str:
     return metadata.get("voice_tokenizer_hash", "")
 
 
-def identities(source: Path, part: str) -> dict[str, str]:
+def identities(source: Path, part: str, lora: Path | None = None) -> dict[str, str]:
     """What later loading compares: the trained tensors' hash of a part that others read, and whose vectors it reads."""
-    found = {"tensors_sha256": part_hash(source)} if any(part in others for others in TRAINED_WITH.values()) else {}
+    found = {}
+    if any(part in others for others in TRAINED_WITH.values()):
+        own = part_hash(source)
+        found["tensors_sha256"] = hash_with(own, lora) if part == "llm" and lora is not None else own
     metadata = _metadata(source)
     for other in TRAINED_WITH.get(part, ()):
         if digest := metadata.get(f"{other}_hash", ""):
@@ -108,6 +112,8 @@ def assemble(
     remarks: list[str] = []
     tables: dict[str, Any] = {}
     files: dict[str, Any] = {}
+    # Stage 1c teaches the LLM to hear; behind captions as text it is the base that was measured.
+    lora = None if "projector" in without else lora_of(ship)
     for part in parts():
         source = ship / f"{part}.safetensors"
         if part in without or not (source.is_file() or part in NEEDED):
@@ -121,11 +127,14 @@ def assemble(
             continue
         module = module_of(part, tables[part])
         load_weights(module, source)
+        if part == "llm" and lora is not None:
+            module.load_state_dict(with_lora(module.state_dict(), lora))
+            remarks.append("llm: with the additions of stage 1c")
         save_weights(module, out / f"{part}.safetensors", "int8" if part in int8_parts else dtype)
         files[part] = {"path": f"{part}.safetensors", "sha256": file_hash(out / f"{part}.safetensors")}
         if part in VOICE_TOKEN_PARTS and (digest := voice_tokenizer_hash(ship, part)):
             files[part]["voice_tokenizer_sha256"] = digest
-        files[part] |= identities(source, part)
+        files[part] |= identities(source, part, lora)
     for file in TOKENIZERS.values():
         shutil.copyfile(ship / file, out / file)
     for extra in ("voices.safetensors", NGRAM_FILE, "MODEL_CARD.md"):

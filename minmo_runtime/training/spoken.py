@@ -38,13 +38,15 @@ class Mouth:
         return soxr.resample(trimmed, synthesis.ESPEAK_RATE_HZ, RATE_HZ, quality="MQ").astype(np.float32)
 
     def caller(self, text: str, rng: np.random.Generator, held_out: bool, voice: str = "") -> np.ndarray:
-        """A caller's sentence through a random line: features [F, 80] float16, with outer silence as the gate leaves
-        it.
-        """
+        """A caller's sentence through a random line: features [F, 80] float16, with some outer silence."""
+        return features(self.caller_waveform(text, rng, held_out, voice))
+
+    def caller_waveform(self, text: str, rng: np.random.Generator, held_out: bool, voice: str = "") -> np.ndarray:
+        """The same as 16 kHz samples in [-1, 1]."""
         voice = voice or synthesis.random_caller_voice(rng, held_out)
         wave = self.waveform(text, voice, synthesis.random_caller_prosody(rng))
         lead, tail = (np.zeros(int(rng.uniform(0.1, 0.6) * RATE_HZ), np.float32) for _ in range(2))
-        return features(channel.degrade(np.concatenate([lead, wave, tail]), rng, bool(rng.random() < 0.6)))
+        return channel.degrade(np.concatenate([lead, wave, tail]), rng, bool(rng.random() < 0.6))
 
     def agent(self, text: str, tokenizer: VoiceTokenizer, rng: np.random.Generator, pace: str = "normal") -> np.ndarray:
         """The agent's sentence as voice tokens [T], exactly as stage 0c: another silence or level, other tokens."""

@@ -7,7 +7,7 @@ import torch
 from minmo_runtime.model.backbone import Backbone
 from minmo_runtime.model.dims import BackboneDims
 from minmo_runtime.text import TextTokenizer
-from minmo_runtime.training.alignment import AUDIO, call_turns, is_spoken, lay_out
+from minmo_runtime.training.alignment_calls import AUDIO, call_turns, is_spoken, lay_out
 from minmo_runtime.training.dialogues import Turn
 from minmo_runtime.training.llm import encode_row
 from minmo_runtime.training.semantic import caller_span, read_reply, replies_of
