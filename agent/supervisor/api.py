@@ -198,11 +198,9 @@ def _add_calls(app: FastAPI, reader: CallReader, clock: Clock, auditor: _Auditor
         campaign: Annotated[str, Query(max_length=64)] = "",
         disposition: Annotated[str, Query(max_length=32)] = "",
         state: Literal["open", "closed"] | None = None,
-        before: dt.datetime | None = None,
+        before: schemas.UtcTime | None = None,
         limit: Annotated[int, Query(ge=1, le=500)] = 50,
     ) -> dict[str, Any]:
-        if before is not None and before.tzinfo is None:
-            before = before.replace(tzinfo=dt.UTC)
         is_open = None if state is None else state == "open"
         filters = {"text": text, "campaign": campaign, "disposition": disposition}
         return {"calls": reader.list_calls(limit=limit, before=before, is_open=is_open, **filters)}
@@ -220,7 +218,9 @@ def _add_calls(app: FastAPI, reader: CallReader, clock: Clock, auditor: _Auditor
         return call | {"num_turns": len(call["turns"])}
 
     @app.get("/api/calls/{call_id}/events", response_model=schemas.EventList)
-    def get_events(request: Request, call_id: str, after_seq: Annotated[int, Query(ge=-1)] = -1) -> dict[str, Any]:
+    def get_events(
+        request: Request, call_id: str, after_seq: Annotated[int, Query(ge=-1, lt=1 << 31)] = -1
+    ) -> dict[str, Any]:
         auditor.note(request, "view", checked(call_id))
         return {"events": reader.get_events(call_id, after_seq=after_seq)}
 
@@ -247,7 +247,7 @@ def _add_live(app: FastAPI, live: LiveTail, door: Door, config: WebConfig, clock
     async def follow(
         request: Request,
         call_id: str = "",
-        after_id: Annotated[int | None, Query(ge=0)] = None,
+        after_id: Annotated[int | None, Query(ge=0, lt=1 << 63)] = None,
         last_event_id: Annotated[str, Header()] = "",
     ) -> Response:
         """Server-sent events `journal`: {call_id, seq, kind, payload, at}."""

@@ -98,13 +98,17 @@ class Door:
     @classmethod
     def open(cls, path: Path, *, session_s: float, is_new_token_wanted: bool = False) -> tuple[Door, str | None]:
         """The door, and the token when it was just made: show it once, it cannot be read back."""
-        if path.exists() and not is_new_token_wanted:
+        people: dict[str, _Entry] = {}
+        if path.exists():
             mode = path.stat().st_mode & 0o777
             if mode & 0o077:
                 raise UnsafeStateFile(f"{path} has mode {mode:04o}: must be 0600 (chmod 600 {path})")
-            return cls(path, msgspec.json.decode(path.read_bytes(), type=_State), session_s=session_s), None
+            state = msgspec.json.decode(path.read_bytes(), type=_State)
+            if not is_new_token_wanted:
+                return cls(path, state, session_s=session_s), None
+            people = state.people  # a new token for the first person takes nobody else's
         token = secrets.token_urlsafe(24)
-        door = cls(path, _State(_sha256(token), secrets.token_hex(32)), session_s=session_s)
+        door = cls(path, _State(_sha256(token), secrets.token_hex(32), people=people), session_s=session_s)
         door._save()
         return door, token
 
@@ -122,7 +126,7 @@ class Door:
             raise WrongToken
         self._failures.pop(source, None)
         text = f"{int(now_s + self._session_s)}.{name}~{secrets.token_hex(8)}"
-        return f"{text}.{self._sign(text)}"
+        return f"{text}.{self._sign(text, name)}"
 
     def is_signed_in(self, cookie: str, now_s: float) -> bool:
         return self.who(cookie, now_s) is not None
@@ -131,10 +135,10 @@ class Door:
         """Whose cookie it is, with the rights of this moment; None = nobody's, or it has ended."""
         self._read_again()
         text, _, signature = cookie.rpartition(".")
-        if not hmac.compare_digest(self._sign(text).encode(), signature.encode()):
-            return None
         expiry, _, rest = text.partition(".")
         name = rest.partition("~")[0]
+        if not hmac.compare_digest(self._sign(text, name).encode(), signature.encode()):
+            return None
         if now_s >= int(expiry):
             return None
         if name == FIRST_PERSON:
@@ -143,7 +147,7 @@ class Door:
         return None if entry is None else Person(name, frozenset(entry.rights))
 
     def add_person(self, name: str, rights: frozenset[Right]) -> str:
-        """A new token for a new person, or for one who is there (the old token ends); show it once."""
+        """A new token for a new person, or for one who is there (the old token and its sessions end); show it once."""
         if not _NAME.fullmatch(name) or name == FIRST_PERSON:
             raise ValueError(f"name {name!r}: must be 1 to 32 of a-z, 0-9 and _, and not {FIRST_PERSON!r}")
         self._read_again()
@@ -186,9 +190,12 @@ class Door:
         self._state.generation += 1
         self._save()
 
-    def _sign(self, text: str) -> str:
-        key = bytes.fromhex(self._state.signing_key)
-        return hmac.new(key, f"{self._state.generation}.{text}".encode(), hashlib.sha256).hexdigest()
+    def _sign(self, text: str, name: str) -> str:
+        """The person's token is in it: a new one, or none any more, ends that person's sessions."""
+        entry = self._state.people.get(name)
+        token_sha256 = self._state.token_sha256 if name == FIRST_PERSON else entry.token_sha256 if entry else ""
+        signed = f"{self._state.generation}.{token_sha256}.{text}"
+        return hmac.new(bytes.fromhex(self._state.signing_key), signed.encode(), hashlib.sha256).hexdigest()
 
     def _save(self) -> None:
         """A new file is put in the old one's place, so it is never half written nor readable by others."""

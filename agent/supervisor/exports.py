@@ -11,6 +11,7 @@ from fastapi.responses import Response, StreamingResponse
 
 from agent.supervisor.auth import Right
 from agent.supervisor.rights import person_with
+from agent.supervisor.schemas import UtcTime
 from storage.audit import append_audit
 from storage.export import WRITERS, CallFilter
 from storage.search import CallReader
@@ -27,14 +28,14 @@ def add_exports(app: FastAPI, reader: CallReader, clock: Callable[[], dt.datetim
         campaign: Annotated[str, Query(max_length=64)] = "",
         disposition: Annotated[str, Query(max_length=32)] = "",
         state: Literal["open", "closed"] | None = None,
-        since: dt.datetime | None = None,
-        until: dt.datetime | None = None,
+        since: UtcTime | None = None,
+        until: UtcTime | None = None,
     ) -> Response:
         """Every call that fits, newest first; needs the right `export`."""
         person = person_with(request, Right.EXPORT)
         wanted = CallFilter(
             text=text, campaign=campaign, disposition=disposition, is_open=None if state is None else state == "open",
-            since=_zoned(since), until=_zoned(until),
+            since=since, until=until,
         )  # fmt: skip
         now = clock()
         filters = {key: str(value) for key, value in request.query_params.items()}
@@ -42,7 +43,3 @@ def add_exports(app: FastAPI, reader: CallReader, clock: Callable[[], dt.datetim
         name = f"calls-{now:%Y%m%d-%H%M%S}.{kind}"
         headers = {"content-disposition": f'attachment; filename="{name}"'}
         return StreamingResponse(WRITERS[kind](reader, wanted), media_type=MEDIA_TYPES[kind], headers=headers)
-
-
-def _zoned(at: dt.datetime | None) -> dt.datetime | None:
-    return at.replace(tzinfo=dt.UTC) if at is not None and at.tzinfo is None else at

@@ -7,9 +7,20 @@ answer holds a path of the server.
 from __future__ import annotations
 
 import datetime as dt
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+
+def _in_utc(at: dt.datetime) -> dt.datetime:
+    """Without a zone it is UTC; a time that no calendar has there is refused like any other wrong parameter."""
+    try:
+        return at.replace(tzinfo=dt.UTC) if at.tzinfo is None else at.astimezone(dt.UTC)
+    except OverflowError:
+        raise ValueError("out of range") from None
+
+
+UtcTime = Annotated[dt.datetime, AfterValidator(_in_utc)]
 
 
 class _Answer(BaseModel):

@@ -12,6 +12,7 @@ from agent.supervisor.auth import (
     MAX_SOURCES,
     WINDOW_S,
     Door,
+    Right,
     TooManyAttempts,
     UnsafeStateFile,
     WrongToken,
@@ -59,6 +60,33 @@ def test_new_token_ends_the_old_one_and_its_sessions(path: Path) -> None:
     assert not door.is_signed_in(cookie, 1.0)
     with pytest.raises(WrongToken):
         door.login(token, "a", 1.0)
+
+
+def test_new_first_token_takes_nobody_elses(path: Path) -> None:
+    door, _ = opened(path)
+    ann = door.add_person("ann", frozenset({Right.EXPORT}))
+    door, _ = Door.open(path, session_s=100.0, is_new_token_wanted=True)
+    person = door.who(door.login(ann, "a", 0.0), 1.0)
+    assert person is not None and (person.name, person.rights) == ("ann", {Right.EXPORT})
+
+
+def test_new_token_of_a_person_ends_that_persons_sessions_and_no_others(path: Path) -> None:
+    door, token = opened(path)
+    first, ann = door.login(token, "a", 0.0), door.login(door.add_person("ann", frozenset()), "a", 0.0)
+    bob = door.login(door.add_person("bob", frozenset()), "a", 0.0)
+    door.add_person("ann", frozenset())
+    assert not door.is_signed_in(ann, 1.0)
+    assert door.is_signed_in(bob, 1.0) and door.is_signed_in(first, 1.0)
+    door.remove_person("bob")
+    door.add_person("bob", frozenset())  # somebody else of that name
+    assert not door.is_signed_in(bob, 1.0)
+
+
+def test_state_file_that_others_can_read_is_refused_also_for_a_new_token(path: Path) -> None:
+    opened(path)
+    path.chmod(0o644)
+    with pytest.raises(UnsafeStateFile, match="0600"):
+        Door.open(path, session_s=100.0, is_new_token_wanted=True)
 
 
 def test_cookie_holds_until_it_expires_and_over_a_restart(path: Path) -> None:

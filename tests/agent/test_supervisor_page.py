@@ -96,7 +96,7 @@ async def test_every_route_there_is_needs_the_cookie(page: Page) -> None:
     for path in set(paths) - {"/healthz", "/login", OFFER_PATH}:  # an offer has a token of its own
         for method in paths[path]:
             answer = await page.client.request(
-                method, path.format(call_id="c1", kind="csv"), headers={"origin": ORIGIN, "content-length": "0"}
+                method, path.format(call_id="c1", kind="csv", wanted="pause"), headers={"origin": ORIGIN, "content-length": "0"}
             )
             assert answer.status_code == 401, (method, path)
 
@@ -247,6 +247,33 @@ async def test_bad_parameters_are_refused_by_name_without_echo(page: Page) -> No
     await page.sign_in()
     answer = await page.client.get("/api/calls", params={"limit": "9999", "before": ATTACK, "state": "x"})
     assert answer.status_code == 422 and "limit" in answer.text and "alert" not in answer.text
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "value"),
+    [
+        ("/api/calls", "before", "0001-01-01T00:00:00+14:00"),
+        ("/api/export/calls.csv", "since", "9999-12-31T23:59:59-14:00"),
+        ("/api/live", "after_id", "9" * 23),
+        ("/api/calls/c1/events", "after_seq", "9" * 23),
+    ],
+)
+async def test_what_no_calendar_and_no_database_holds_is_refused_too(
+    page: Page, path: str, name: str, value: str
+) -> None:
+    await page.sign_in()
+    answer = await page.client.get(path, params={name: value})
+    assert answer.status_code == 422 and name in answer.text
+
+
+async def test_time_without_a_zone_is_utc(page: Page) -> None:
+    await page.sign_in()
+    before, after = NOW.replace(tzinfo=None), (NOW + dt.timedelta(minutes=1)).replace(tzinfo=None)
+    counts = [
+        len((await page.client.get("/api/calls", params={"before": at.isoformat(), "limit": 10})).json()["calls"])
+        for at in (before, after)
+    ]
+    assert counts[0] < counts[1]
 
 
 # ------------------------------------------------------------------- the content
