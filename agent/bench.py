@@ -1,6 +1,7 @@
 """`minmo bench [model] [media]`: what the model costs and how steady the media are; the last line is one JSON object.
 `minmo bench engine|parents|gpu [options]` runs one of minmo_runtime's benches with its own options, e.g.
-`minmo bench engine --profile minmo-8b --random-weights --calls 1,8,32,64,128,256`.
+`minmo bench engine --profile minmo-8b --random-weights --calls 1,8,32,64,128,256`; so does `minmo bench media
+--ramp|--browsers|--delay ...`.
 
 Each part runs in a process of its own, because frame gaps must not be measured beside torch's threads. The parts stand
 in minmo_runtime/bench (real-time factors, first audio) and agent/bench_media.py (frame gaps under load).
@@ -22,6 +23,7 @@ MODULES = {
     "engine": "minmo_runtime.bench.engine",
     "parents": "minmo_runtime.bench.parents",
     "gpu": "minmo_runtime.bench.gpu",
+    "media": "agent.bench_media",
 }
 
 
@@ -39,7 +41,7 @@ def run_bench(config: Config, words: Sequence[str]) -> int:
     """Exit status 0 when every part ended well and its last line was JSON; ValueError for what there is not."""
     first_option = next((index for index, word in enumerate(words) if word.startswith("-")), len(words))
     parts, options = words[:first_option], words[first_option:]
-    if len(parts) == 1 and parts[0] in MODULES:
+    if len(parts) == 1 and parts[0] in MODULES and (options or parts[0] not in PARTS):
         return subprocess.run([sys.executable, "-m", MODULES[parts[0]], *options], check=False).returncode
     for unknown in (*(part for part in parts if part not in PARTS), *options):
         raise ValueError(f"{unknown}: must be {' or '.join(PARTS)}, or one of {', '.join(MODULES)} with its options")

@@ -3,6 +3,8 @@
     python -m agent.bench_media [--calls 2] [--seconds 5] [--repeat 5] [--load idle ...]
     python -m agent.bench_media --calls 100 --repeat 1 --load idle       over as many workers as that needs
     python -m agent.bench_media --delay                                  added delay, RTP in to RTP out
+    python -m agent.bench_media --ramp --calls 100                       how many the whole agent holds (bench_many.py)
+    python -m agent.bench_media --browsers --calls 10                    WebRTC (bench_browsers.py)
 
 Media workers (processes of their own, as many as their pjsua2 asks for) carry the calls. The agent is this process: it
 speaks without pause in chunks of 200 ms, as an engine delivers them. Loads: `idle`; `agent_thread` (one CPU-bound
@@ -34,6 +36,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from agent.bench_browsers import run_browsers
+from agent.bench_many import run_ramp
 from agent.bench_wire import Clicker, RtpReader, cpu_s, delays_ms, rtp_address
 from agent.raw_sip_peer import RawPeer, to_tag
 from telephony.client import WorkerClient, WorkerLeg
@@ -285,7 +289,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--load", action="append", choices=LOADS, help="default: all")
     parser.add_argument("--delay", action="store_true", help="added delay, RTP in to RTP out, and nothing else")
+    parser.add_argument("--ramp", action="store_true", help="how many calls hold, up to --calls: agent/bench_many.py")
+    parser.add_argument("--step", type=int, default=8, help="of the ramp: calls added at each level")
+    parser.add_argument("--browsers", action="store_true", help="WebRTC: delay, calls a process: bench_browsers.py")
     options = parser.parse_args(arguments)
+    if options.ramp:
+        found = asyncio.run(run_ramp(options.calls, options.step, options.seconds))
+        print(json.dumps(found))
+        return 0 if found["calls_held"] else 1
+    if options.browsers:
+        found = asyncio.run(run_browsers(options.calls, options.seconds))
+        print(json.dumps(found))
+        return 0 if found["calls_held_by_one_process"] else 1
     result = run_delay(max(options.seconds, 10.0))
     if not options.delay:
         result |= run_bench(options.calls, options.seconds, options.repeat, options.load or LOADS)

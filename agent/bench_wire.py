@@ -19,7 +19,7 @@ from pathlib import Path
 
 _TIMESTAMP = struct.Struct("qq")
 _SO_TIMESTAMPNS = 35  # Linux; not named by Python's socket module
-_RTP = struct.Struct("!BBHII")
+RTP_HEADER = struct.Struct("!BBHII")
 _RTP_HEADER_BYTES = 12
 _SILENCE, _LOUD = b"\xff" * 160, bytes([0x10, 0x90] * 80)  # mu-law: zero, and a 4 kHz square near full scale
 _QUIET = bytes(code for code in range(256) if (code & 0x7F) > 0x70)  # mu-law's quietest codes
@@ -36,6 +36,10 @@ class Arrivals:
         times = [at for at, _ in self.packets if at >= from_s]
         return [1000 * (after - before) for before, after in zip(times, times[1:], strict=False)]
 
+    def between(self, from_s: float, to_s: float) -> list[tuple[float, bool]]:
+        """Its packets of that time."""
+        return [packet for packet in list(self.packets) if from_s <= packet[0] < to_s]
+
     def silent(self, from_s: float) -> int:
         return sum(not is_voiced for at, is_voiced in self.packets if at >= from_s)
 
@@ -51,14 +55,20 @@ class RtpReader(threading.Thread):
 
     def __init__(self, sockets: Sequence[socket.socket]) -> None:
         super().__init__(daemon=True)
-        self.arrivals = [Arrivals() for _ in sockets]
-        self._selector = selectors.DefaultSelector()
-        for index, each in enumerate(sockets):
-            each.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
-            each.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
-            each.setblocking(False)
-            self._selector.register(each, selectors.EVENT_READ, self.arrivals[index])
+        self.arrivals: list[Arrivals] = []
+        self._selector = selectors.DefaultSelector()  # epoll: may be added to while it waits
+        for each in sockets:
+            self.add(each)
         self._is_over = False
+
+    def add(self, source: socket.socket) -> Arrivals:
+        """One more; also while the thread runs."""
+        source.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
+        source.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        source.setblocking(False)
+        self.arrivals.append(Arrivals())
+        self._selector.register(source, selectors.EVENT_READ, self.arrivals[-1])
+        return self.arrivals[-1]
 
     def run(self) -> None:
         while not self._is_over:
@@ -98,7 +108,7 @@ class Clicker(threading.Thread):
             is_click = number % _CLICK_EVERY == _CLICK_EVERY - 1
             if is_click:
                 self.sent_s.append(time.time())  # the clock of the kernel's stamps
-            header = _RTP.pack(0x80, 0, number & 0xFFFF, 160 * number, 4711)
+            header = RTP_HEADER.pack(0x80, 0, number & 0xFFFF, 160 * number, 4711)
             self._source.sendto(header + (_LOUD if is_click else _SILENCE), self._to)
             number += 1
 

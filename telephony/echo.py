@@ -67,10 +67,14 @@ def _is_residual(received: bytes, cleaned: bytes) -> bool:
     """True when what is left lies well below the echo that was taken out."""
     left = np.frombuffer(cleaned, "<i2").astype(np.float32)
     removed = np.frombuffer(received, "<i2").astype(np.float32) - left
-    estimate_dbov = dbov(float(np.mean(removed * removed)))
+    estimate_dbov = _level_dbov(removed)
     if estimate_dbov < _SILENT_DBOV:
         return False
-    return dbov(float(np.mean(left * left))) < estimate_dbov - _RESIDUAL_MARGIN_DB
+    return _level_dbov(left) < estimate_dbov - _RESIDUAL_MARGIN_DB
+
+
+def _level_dbov(samples: np.ndarray) -> float:
+    return dbov(float(samples @ samples) / len(samples))
 
 
 class EchoGate:
@@ -92,7 +96,7 @@ class EchoGate:
         self._received = _shift_in(self._received, received)
         if not is_asked:
             return False
-        level = dbov(float(np.mean(self._received**2)))
+        level = _level_dbov(self._received)
         if level < _SILENT_DBOV:
             return False
         sent_level = dbov(float(np.max(_window_power(self._sent, self._window))))

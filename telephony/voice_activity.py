@@ -47,9 +47,10 @@ class VoiceActivity:
         return self.is_voiced
 
     def _is_speech(self, frame: bytes) -> bool:
-        is_speech = self._vad.is_speech(frame, self._rate)  # always asked: it adapts to the noise
+        if not self._vad.is_speech(frame, self._rate):  # always asked: it adapts to the noise
+            return False
         samples = np.frombuffer(frame, "<i2").astype(np.float32)
-        return is_speech and dbov(float(np.mean(samples * samples))) > self._min_dbov
+        return dbov(float(samples @ samples) / len(samples)) > self._min_dbov
 
     def _frame(self, is_speech: bool) -> None:
         self._window.append(is_speech)

@@ -49,8 +49,8 @@ class VoicedEnergyMeter:
         )
         self._rest = self._rest[2 * used :]
         metrics = []
-        for power in np.mean(blocks * blocks, axis=1).tolist():
-            metric = self._block(dbov(power))
+        for energy in np.einsum("bs,bs->b", blocks, blocks).tolist():
+            metric = self._block(dbov(energy / self._block_samples))
             if metric is not None:
                 metrics.append(metric)
         return metrics

@@ -25,7 +25,7 @@ from telephony.priority import run_first
 from telephony.sip.endpoint import SipEndpoint, SipError
 from telephony.wire import SecurityEvent, TrunkChanged
 
-_TICK_MS = 10
+_TICK_MS = 20
 
 
 class Worker(MediaWorker):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 from pathlib import Path
 
 from minmo_runtime.fake import FakeLine, FakeRule, FakeRuntime, FakeScript
@@ -30,6 +31,7 @@ LINES: dict[str, tuple[FakeLine, ...]] = {
     "backchannel": (LONG, FakeLine(text="mm hm", kind="backchannel")),
     "keypad": (WHERE,),
     "listen": (LONG,),
+    "many": (WHERE, LONG) * 100,
 }
 
 
@@ -41,8 +43,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="agent.lab.fake_engine", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--socket", type=Path, required=True)
     parser.add_argument("--scenario", default="", choices=["", *LINES])
+    parser.add_argument("--config", default="{}", help="[runtime] as JSON; only max_streams counts")
     options, _ = parser.parse_known_args()
-    asyncio.run(serve_until_stopped(FakeRuntime(script(options.scenario)), options.socket))
+    runtime = FakeRuntime(script(options.scenario), max_streams=json.loads(options.config).get("max_streams", 8))
+    asyncio.run(serve_until_stopped(runtime, options.socket))
 
 
 if __name__ == "__main__":

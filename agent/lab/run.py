@@ -63,14 +63,20 @@ async def one_call(target: str, number: str, line: LineProfile, scenario: str, s
         return result | measure(report.said, media.from_caller, media.from_agent) | {"relay": done}
 
 
+def write_fake_checkpoint(folder: Path) -> Path:
+    """What a stack with the fake runtime needs of a checkpoint."""
+    checkpoint = folder / "fake"
+    checkpoint.mkdir(exist_ok=True)
+    (checkpoint / "checkpoint.toml").write_text(_FAKE_CHECKPOINT, encoding="utf-8")
+    return checkpoint
+
+
 @asynccontextmanager
 async def own_agent(folder: Path, is_fake: bool, scenario: str, checkpoint: Path) -> AsyncIterator[str]:
     """The whole stack on a free port: host:port."""
     command: tuple[str, ...] = ("-m", "minmo_runtime.server")
     if is_fake:
-        checkpoint, command = folder / "fake", ("-m", "agent.lab.fake_engine", "--scenario", scenario)
-        checkpoint.mkdir(exist_ok=True)
-        (checkpoint / "checkpoint.toml").write_text(_FAKE_CHECKPOINT, encoding="utf-8")
+        checkpoint, command = write_fake_checkpoint(folder), ("-m", "agent.lab.fake_engine", "--scenario", scenario)
     config = load_config(None, {
         "agent": {"checkpoint": str(checkpoint), "log_level": "warning"}, "telephony": {"sip_port": 0},
         "storage": {"folder": str(folder / f"var-{scenario or 'all'}")},

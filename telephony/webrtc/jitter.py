@@ -91,12 +91,12 @@ class CallerTimeline:
         return faded
 
     def _give_back_delay(self) -> None:
-        """What was in hand at all times of the last second, beyond the target, is delay nobody needs."""
+        """What was in hand at all times of the last second, beyond what filling up leaves behind, nobody needs."""
         self._least = min(self._least, len(self._waiting))
         self._pulls += 1
         if self._pulls < _TRIM_AFTER_PULLS:
             return
-        spare = min(self._least - self._target, self._frame)
+        spare = min(self._least - (self._target - self._frame), self._frame)
         if spare >= self._frame // 2:
             self._waiting = self._waiting[spare:]
         self._least, self._pulls = 1 << 30, 0

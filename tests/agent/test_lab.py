@@ -274,7 +274,7 @@ async def test_both_directions_of_a_call_pass_the_relay_and_are_recorded_there()
 
 
 def test_every_scenario_is_a_script_with_an_ear_for_it_in_the_fake():
-    assert set(LINES) == set(SCENARIOS)
+    assert set(LINES) == {*SCENARIOS, "many"}  # of the bench
     for name in SCENARIOS:
         assert script(name, 1) == script(name, 1) and len(script(name, 1).steps) > 3
 

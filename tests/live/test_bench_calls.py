@@ -1,0 +1,28 @@
+"""The benches of many calls for real, a few calls each: what is asserted is what a loaded machine cannot break."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("pjsua2")
+pytest.importorskip("aiortc")
+
+from agent.bench_browsers import measure_delay, measure_level  # noqa: E402
+from agent.bench_many import run_ramp  # noqa: E402
+
+pytestmark = [pytest.mark.live, pytest.mark.slow]
+
+
+async def test_callers_of_the_ramp_are_answered_by_several_workers_and_hear_the_agent() -> None:
+    result = await run_ramp(4, 4, 3.0)
+    (level,) = result["levels"]
+    assert (level["calls"], level["refused"], result["workers"]) == (4, [], 2)
+    assert 0.1 < level["audible"] <= 1 and level["delivered"] > 0.8
+    assert {"workers", "agent", "engine", "callers"} <= set(level["cpu_percent"])
+
+
+async def test_browsers_of_the_bench_hear_the_agent_and_their_clicks_come_back() -> None:
+    level = await measure_level(2, 3.0)
+    assert level["refused"] == [] and level["packets"] > 200
+    delay = await measure_delay(6.0)
+    assert delay["n"] >= 5 and 20 < delay["p50"] < 400
