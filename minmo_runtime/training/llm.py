@@ -125,6 +125,14 @@ def predict(model: Backbone, batch: Batch) -> tuple[Tensor, Tensor]:
     return model.logits(hidden[:, :-1][wanted]), batch.ids[:, 1:][wanted]
 
 
+def loss_of_batch(model: Backbone, batch: Batch) -> Tensor:
+    """Cross entropy over the learnt positions by their weights."""
+    logits, wanted = predict(model, batch)
+    losses = torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
+    weights = batch.weight[:, 1:][batch.target[:, 1:]]
+    return (losses * weights).sum() / weights.sum()
+
+
 # ---------------------------------------------------------------- what a step learns from
 
 
@@ -204,14 +212,22 @@ def evaluate(
     slots: calls with values; calls: all calls; action: the right kind of turn; say: spoken turns; values: those with
     values. `errors` collects what was wrong, for reading; `is_guided`: numbers in calls are guided as in service.
     """
-    hits: dict[str, list[bool]] = defaultdict(list)
-    guide = NumberGuide(tokenizer) if is_guided else None
     rng = random.Random("gaps")
     rows = [
         encode_row(dialogue(f"evaluate/{number}", split, noise), tokenizer, rng if has_gaps else None)
         for number in range(num_dialogues)
     ]
-    rows.sort(key=lambda row: len(row.ids))
+    return score_rows(model, tokenizer, rows, errors, is_guided)
+
+
+@torch.no_grad()
+def score_rows(
+    model: Backbone, tokenizer: TextTokenizer, rows: list[Row], errors: list[str] | None = None, is_guided: bool = True
+) -> dict[str, float]:
+    """The scores of `evaluate` over given dialogues."""
+    hits: dict[str, list[bool]] = defaultdict(list)
+    guide = NumberGuide(tokenizer) if is_guided else None
+    rows = sorted(rows, key=lambda row: len(row.ids))
     for start in range(0, len(rows), 8):
         part = rows[start : start + 8]
         batch = collate(part)
@@ -225,8 +241,8 @@ def evaluate(
                 _score(hits, turn, row.ids[first:end], said)
                 if errors is not None and said != row.ids[first:end]:
                     errors.append(_describe(tokenizer, row, first, turn, said))
-    scores = {name: sum(found) / len(found) for name, found in sorted(hits.items())}
-    return scores | {f"n_{name}": float(len(found)) for name, found in sorted(hits.items())}
+    found = {name: sum(right) / len(right) for name, right in sorted(hits.items())}
+    return found | {f"n_{name}": float(len(right)) for name, right in sorted(hits.items())}
 
 
 def _guide(scores: Tensor, guide: NumberGuide, ids: Sequence[int], first: int) -> None:
@@ -313,11 +329,7 @@ def run(stage: StageConfig, work_dir: Path, budget_s: float) -> dict[str, float]
     loop = StepLoop(model, settings, folder, budget_s, is_muon_matrix)
 
     def loss_of(step: int) -> Tensor:
-        batch = source.batch(step)
-        logits, wanted = predict(model, batch)
-        losses = torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
-        weights = batch.weight[:, 1:][batch.target[:, 1:]]
-        return (losses * weights).sum() / weights.sum()
+        return loss_of_batch(model, source.batch(step))
 
     def on_save() -> None:
         ship_llm(work_dir, dims, loop.averaged_state())

@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import minmo_runtime
+from minmo_runtime.model.backbone import Backbone
+from minmo_runtime.model.dims import BackboneDims
+from minmo_runtime.text import TextTokenizer
+from minmo_runtime.training.dialogues import dialogue
 from minmo_runtime.training.freeze import (
     FrozenTensorChanged,
     changed_frozen,
@@ -18,9 +24,11 @@ from minmo_runtime.training.freeze import (
     tensor_hash,
 )
 from minmo_runtime.training.loop import LoopSettings, StepLoop, schedule
+from minmo_runtime.training.overfit import learn_to_answer, turns_right
 from minmo_runtime.training.stage import STAGES_DIR, Gate, load_stage, parse_stage
 from minmo_runtime.training.train import GateFailed, expand, train
 
+NANO = Path(minmo_runtime.__file__).parent / "checkpoints" / "nano"
 TOML = """
 name = "{name}"
 title = "test"
@@ -285,3 +293,13 @@ def test_lora_changes_nothing_at_first_and_merges_to_the_same_outputs():
     plain.load_state_dict(merged(base, lora.export(), lora.dims.scale))
     torch.testing.assert_close(plain(ids), changed, atol=1e-4, rtol=1e-4)
     assert all(torch.equal(base[name], tensor) for name, tensor in llm.state_dict().items())
+
+
+def test_a_call_is_learnt_by_heart_and_a_model_that_learnt_nothing_is_told_apart():
+    tokenizer = TextTokenizer.from_file(NANO / "text_tokenizer.json")
+    dims = BackboneDims(128, 2, 2, 2, 256, tokenizer.vocab_size)
+    llm = Backbone(dims).init_weights(torch.Generator().manual_seed(0))
+    calls = [dialogue(f"heart/{number}", "train", 0.0) for number in range(1)]
+    assert turns_right(llm, tokenizer, calls) < 0.2
+    learn_to_answer(llm, tokenizer, calls, load_stage("overfit"), 30.0)
+    assert turns_right(llm, tokenizer, calls) == 1.0
