@@ -4,7 +4,7 @@ All positions are samples of the leg's clock, which counts both directions alike
 timers are never asked. Figures (milliseconds): `first_word_ms` ACK -> first agent sound; `voice_to_voice_ms` end
 of the caller's speech -> first sound of the answer; `duck_ms` caller's onset -> agent 12 dB quieter; `stop_ms`
 caller's onset -> agent's last sound, for a turn that was cut; `pause_ms` the same for one that was resumed.
-Definitions: docs/evaluation.md. Pure.
+Definitions: docs/evaluation.md. Replies drafted ahead are counted beside them (`Drafts`). Pure.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from minmo_runtime.api import DraftEnded
 from telephony.leg import WireMetric
 
 Figure = dict[str, Any]  # arguments of CallStore.add_metric
@@ -110,3 +111,27 @@ class WireTimes:
 
     def _to_ms(self, num_samples: int) -> float:
         return round(1000 * num_samples / self.sample_rate_hz, 1)
+
+
+@dataclass
+class Drafts:
+    """Replies that the runtime wrote ahead of the decision to speak: how many, and what became of them."""
+
+    num_committed: int = 0
+    num_discarded: int = 0
+
+    def ended(self, event: DraftEnded) -> None:
+        if event.outcome == "committed":
+            self.num_committed += 1
+        else:
+            self.num_discarded += 1
+
+    def figures(self) -> list[Figure]:
+        """Of the whole call; told by the runtime, not by the wire."""
+        num_drafted = self.num_committed + self.num_discarded
+        counts = (
+            ("drafted", num_drafted),
+            ("drafts_committed", self.num_committed),
+            ("drafts_discarded", self.num_discarded),
+        )
+        return [{"turn_id": "", "name": name, "value": value, "source": "runtime"} for name, value in counts]

@@ -14,6 +14,8 @@ from minmo_runtime.api import (
     AudioDelta,
     CancelReply,
     CloseStream,
+    DraftEnded,
+    DuplexPrediction,
     OpenStream,
     PushAudio,
     PushText,
@@ -50,7 +52,8 @@ SCRIPT = FakeScript(
         FakeRule(
             pattern="hello", text="hello, this is a rather long answer so that it can be cut in the middle of it."
         ),
-    )
+    ),
+    draft_after_ms=160,
 )
 MAX_STREAMS = 2
 
@@ -229,6 +232,41 @@ async def test_false_end_leaves_nothing_heard(call: Call) -> None:
     await call.until(AudioDelta)
     await call.runtime.send(CancelReply(call_id="c1", turn_id="t1", played_samples=0, reason="false_end"))
     assert (await call.until(ReplyTruncated)).heard_text == ""
+
+
+async def pause(call: Call, text: str) -> None:
+    """The caller has said `text` and is silent: it looks more and more like the end of the turn."""
+    await call.runtime.send(PushText(call_id=call.call_id, text=text))
+    async with asyncio.timeout(20):
+        while not any(e.user_done > 0.2 for e in call.of(DuplexPrediction)):
+            await call.push()
+            await asyncio.sleep(0.001)
+
+
+async def test_a_draft_is_not_heard_before_the_floor_is_taken_and_is_the_reply_then(call: Call) -> None:
+    await pause(call, "hello")
+    await asyncio.sleep(0.05)
+    assert {type(event) for event in call.events} == {StreamOpened, DuplexPrediction}
+    await call.runtime.send(StartReply(call_id="c1", turn_id="t1"))
+    drafted = await call.until(ReplyFinished)
+    spoken = [event for event in call.events if isinstance(event, (DraftEnded, TextDelta, AudioDelta))]
+    assert isinstance(spoken[0], DraftEnded) and (spoken[0].outcome, spoken[0].turn_id) == ("committed", "t1")
+    assert "".join(d.text for d in call.of(TextDelta)) == drafted.text
+    other = Call(call.runtime, "c2")
+    await other.open()
+    await other.runtime.send(PushText(call_id="c2", text="hello"))
+    await other.runtime.send(StartReply(call_id="c2", turn_id="t1"))
+    plainly = await other.until(ReplyFinished)
+    assert not other.of(DraftEnded) and (plainly.text, plainly.num_samples) == (drafted.text, drafted.num_samples)
+    await other.close()
+
+
+async def test_a_draft_for_words_that_were_not_the_last_is_thrown_away(call: Call) -> None:
+    await pause(call, "hello")
+    await call.runtime.send(PushText(call_id="c1", text="hello and how are you"))
+    ended = await call.until(DraftEnded)
+    assert (ended.outcome, ended.turn_id) == ("discarded", "")
+    assert not call.of(TextDelta) and not call.of(AudioDelta) and not call.of(ToolCallRequested)
 
 
 async def test_open_without_room_is_refused(runtime: Runtime) -> None:
