@@ -47,7 +47,8 @@ venv venv-dev venv-train: setup_python
 
 .PHONY: setup_python
 setup_python:
-	@test -n "$(SETUP)" || { echo "setup: no python3 found; run: sudo apt-get install -y python3 python3-venv" >&2; exit 1; }
+	@test -n "$(SETUP)" && $(SETUP) -c 'import sys; sys.exit(sys.version_info < (3, 6))' || \
+	  { echo "setup: no python3 found; run: sudo apt-get install -y python3 python3-venv" >&2; exit 1; }
 
 clean:
 	rm -rf .venv .venv-bootstrap .pytest_cache .mypy_cache .ruff_cache

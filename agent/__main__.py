@@ -13,7 +13,7 @@ import json
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -25,6 +25,7 @@ from storage.entries import StorageError, UnknownCall
 
 if TYPE_CHECKING:
     from agent.supervisor.auth import Door
+    from storage.config import StorageConfig
 
 SHIPPED_CONFIG = Path(__file__).resolve().parent.parent / "config.toml"
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
@@ -147,14 +148,21 @@ def doctor(config: ConfigFile = None, as_json: AsJson = False, profile: Profile 
 
 @app.command()
 def train(
-    stages: Annotated[list[str], typer.Argument(help="parents | connectors | all | 0a ... 4")],
+    stages: Annotated[list[str], typer.Argument(help="parents | connectors | all | overfit | 0a ... 4")],
     work_dir: Annotated[Path, typer.Option(help="Where data, states and results are kept.")] = Path("work"),
     minutes: Annotated[float | None, typer.Option(help="CPU time for each stage; default: what its TOML says.")] = None,
     again: Annotated[bool, typer.Option(help="Also stages that already passed.")] = False,
 ) -> None:
     """Train stages in order, resumable; a failed gate stops the chain and is named."""
+    from minmo_runtime.training.stage import load_stage
+    from minmo_runtime.training.train import GROUPS, expand
     from minmo_runtime.training.train import main as run
 
+    try:
+        for name in expand(stages):
+            load_stage(name)
+    except ValueError as error:
+        fail(f"{error}, and the groups {', '.join(GROUPS)}")
     raise typer.Exit(run(stages, work_dir, None if minutes is None else minutes * 60, again))
 
 
@@ -316,10 +324,8 @@ def db_show(
     events: Annotated[bool, typer.Option(help="With the call's journal.")] = False,
 ) -> None:
     """One call: transcript as heard, timings from the wire, tools, recording."""
-    storage = settings(config).storage
-    try:
-        shown = show.show_call(storage, call_id or show.last_call_id(storage), has_events=events)
-    except UnknownCall:
+    shown = _found_call(settings(config).storage, call_id, has_events=events)
+    if shown is None:
         fail(f"no call {call_id!r}" if call_id else "no call yet")
     if as_json:
         typer.echo(show.as_json(shown))
@@ -329,6 +335,17 @@ def db_show(
             typer.echo(f"{key:>24}  {value}")
     for turn in shown.get("turns", []):
         typer.echo(f"{turn['role']:>24}: {turn['heard_text']}")
+
+
+def _found_call(storage: StorageConfig, call_id: str, *, has_events: bool) -> dict[str, Any] | None:
+    """In the store, else among the demo's calls: these have a database of their own, but one wants to look at them."""
+    from agent.demo import DEMO_FOLDER
+
+    demo_calls = dataclasses.replace(storage, folder=storage.folder / DEMO_FOLDER.name, database_url="")
+    for store in (storage, demo_calls) if demo_calls.folder.is_dir() else (storage,):
+        with contextlib.suppress(UnknownCall):
+            return show.show_call(store, call_id or show.last_call_id(store), has_events=has_events)
+    return None
 
 
 @db.command(name="export")

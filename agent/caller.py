@@ -46,6 +46,7 @@ from telephony import leg as contract
 from telephony.client import CallRefused, WorkerClient, WorkerLeg
 from telephony.clips import read_clip
 from telephony.config import TelephonyConfig
+from telephony.dtmf import KEYS
 from telephony.leg import LegDisconnected, LegEvent, LegState, LegStateChanged
 from telephony.process import WorkerProcess
 from telephony.sip.trunk import split_uri
@@ -56,6 +57,7 @@ __all__ = [
 ]  # fmt: skip
 
 RATE_HZ = 8000
+SILENT_MS = 2_500  # longer than a pause between the notice and the greeting, or between a filler and its answer
 EventObserver = Callable[[LegEvent, ScriptPlayer], None]
 
 
@@ -86,11 +88,13 @@ class CallerReport:
 
 def play_script(clip: bytes, dtmf: str = "") -> CallerScript:
     """Greeting, the clip if any and its answer, keys if any and their answer, goodbye."""
-    steps: tuple[Step, ...] = (WaitForAgent(),)
+    steps: tuple[Step, ...] = (WaitForAgent(SILENT_MS),)
     if clip:
-        steps += (Say(clip, "clip"), WaitForAgent(timeout_ms=20000))
+        steps += (Say(clip, "clip"), WaitForAgent(SILENT_MS, timeout_ms=20000))
     if dtmf:
-        steps += (Dtmf(dtmf), WaitForAgent(timeout_ms=20000))
+        if not KEYS.fullmatch(dtmf):
+            raise ValueError(f"keys {dtmf!r}: must be 1 to 64 of 0-9, *, # and A-D")
+        steps += (Dtmf(dtmf), WaitForAgent(SILENT_MS, timeout_ms=20000))
     return CallerScript((*steps, Hangup()))
 
 
@@ -224,7 +228,10 @@ def _caller_config(uri: str, from_user: str) -> TelephonyConfig:
     _, host, port = split_uri(uri)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, port or 5060))  # sends nothing; tells which of our addresses leads there
+        try:
+            probe.connect((host, port or 5060))  # sends nothing; tells which of our addresses leads there
+        except OSError as error:
+            raise ValueError(f"{host}: {error.strerror}") from None
         bind = probe.getsockname()[0]
     return TelephonyConfig(
         sip_bind=bind, sip_port=0, max_calls=1, outbound_hosts=(host,), from_user=from_user or "caller",
@@ -236,7 +243,8 @@ def call_once(
     uri: str, play: Path | None = None, record: Path | None = None, dtmf: str = "", from_user: str = "caller",
     max_duration_s: float = 300.0,
 ) -> dict[str, Any]:  # fmt: skip
-    """`minmo call`: greeting, clip, answer, keys, goodbye; the report as plain data. ValueError for a bad address."""
+    """`minmo call`: greeting, clip, answer, keys, goodbye; the report as plain data. ValueError for a bad address, a
+    host that is not there, a key that is none."""
     script = play_script(read_clip(play) if play is not None else b"", dtmf)
     report = asyncio.run(run_caller(uri, script, record, from_user, max_duration_s=max_duration_s))
     return asdict(report) | {"voice_to_voice_p50_ms": report.voice_to_voice_p50_ms}

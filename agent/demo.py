@@ -35,7 +35,7 @@ from storage.search import CallReader
 MAX_AGENT_WER = 0.30
 MAX_STOP_MS = 1_000.0  # floor of design §7
 CALL_WITHIN_S = 200.0
-DEMO_FOLDER = Path("var") / "demo"
+DEMO_FOLDER = Path("var") / "demo"  # a database of its own, beside the one of `minmo serve`
 
 
 @dataclass

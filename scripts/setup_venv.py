@@ -1,6 +1,6 @@
 """Build or refresh .venv for the Makefile: `python3 scripts/setup_venv.py run|dev|train`.
 
-Standard library only, and for any Python >= 3.7: it runs before the right interpreter is found.
+Standard library only, and for any Python >= 3.6 (RHEL 8's python3): it runs before the right interpreter is found.
 
 What it does, in order, each step named on the terminal:
   1. check the platform (Linux x86_64, glibc >= 2.28) and find Python 3.11 or 3.12 (where pjsua2 wheels exist);
@@ -44,7 +44,7 @@ def stop(reason, line):
 def quiet(command, **kwargs):
     """Exit status and output of a command that may well fail."""
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", **kwargs)
     except (OSError, subprocess.TimeoutExpired) as error:
         return 127, str(error)
     return done.returncode, done.stdout

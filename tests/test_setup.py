@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
@@ -118,6 +119,14 @@ def test_a_second_run_ends_at_once_and_a_changed_pin_does_not(clone: Path) -> No
     assert not script.is_current("train")
     (clone / "constraints.txt").write_text("numpy==1.0\n")
     assert not script.is_current("run")
+
+
+def test_the_set_up_runs_on_the_oldest_python3_of_a_supported_system() -> None:
+    """RHEL 8's is 3.6: it only looks for a newer one, but it has to get that far."""
+    tree = ast.parse((ROOT / "scripts" / "setup_venv.py").read_text(), feature_version=(3, 6))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    newer = {"text", "capture_output"}  # of subprocess.run, since 3.7
+    assert calls and not [call.lineno for call in calls if newer & {keyword.arg for keyword in call.keywords}]
 
 
 def test_every_pin_of_pyproject_agrees_with_the_constraints() -> None:

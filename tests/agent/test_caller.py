@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import wave
 
 import numpy as np
 import pytest
 
+from agent.caller import call_once, play_script
 from agent.caller_script import BargeIn, CallerScript, Dtmf, Hangup, Say, ScriptPlayer, Wait, WaitForAgent
 from telephony.leg import Answer, LegState, Play
 from telephony.loopback import LoopbackLeg
@@ -58,6 +60,28 @@ def test_caller_waits_for_an_answer_to_what_it_said_not_for_older_speech():
     done, player = play_through(script, [0.2, 5.0], 9)
     assert done[-1][0] == pytest.approx(int((5.0 + 1.0 + 0.5) * RATE), abs=400)
     assert len(player.agent_segments) == 2
+
+
+def test_clip_waits_for_the_greeting_behind_the_notice_and_for_the_answer_behind_a_filler():
+    # From 0.5 s the notice, from 3.2 s the greeting; a filler 1.6 s behind the clip, the answer 1.7 s behind that.
+    done, player = play_through(play_script(VOICE), [0.5, 3.2, 9.3, 12.0], 20)
+    assert [type(action) for _, action in done] == [Say, Hangup]
+    assert len(player.agent_segments) == 4 and player.timed_out_steps == []
+
+
+class NoNames(socket.socket):
+    """A machine that can resolve nothing."""
+
+    def connect(self, address):
+        raise socket.gaierror(-2, "Name or service not known")
+
+
+def test_what_cannot_be_called_or_pressed_is_told_before_a_call_is_made(monkeypatch):
+    with pytest.raises(ValueError, match="keys '12x': must be 1 to 64 of"):
+        play_script(b"", "12x")
+    monkeypatch.setattr("agent.caller.socket.socket", NoNames)
+    with pytest.raises(ValueError, match="pbx.example: Name or service not known"):
+        call_once("sip:100@pbx.example")
 
 
 def test_barge_in_comes_the_given_time_after_the_agents_onset():

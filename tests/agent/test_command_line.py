@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from typer.testing import CliRunner
 
 from agent.__main__ import app
 from minmo_runtime.random_checkpoint import write_random_checkpoint
+from storage.calls import CallStore
+from storage.config import StorageConfig
 
 runner = CliRunner()
 
@@ -83,6 +86,27 @@ def test_an_unknown_call_is_told_in_one_line(config_file: Path) -> None:
     done = runner.invoke(app, ["db", "show", "nobody", "--config", str(config_file)])
     assert done.exit_code == 2
     assert done.stderr.strip() == "minmo: no call 'nobody'"
+
+
+def test_a_call_of_the_demo_is_shown_although_it_has_a_database_of_its_own(config_file: Path, tmp_path: Path) -> None:
+    assert runner.invoke(app, ["db", "show", "--config", str(config_file)]).stderr.strip() == "minmo: no call yet"
+    now = dt.datetime(2026, 1, 5, tzinfo=dt.UTC)
+    store = CallStore(StorageConfig(folder=tmp_path / "var" / "demo"))
+    store.open_call("c1", did="100", ani="200", now=now)
+    store.close_call("c1", disposition="completed", cause="normal", now=now)
+    store.close()
+    for words in (["c1"], []):
+        done = runner.invoke(app, ["db", "show", *words, "--json", "--config", str(config_file)])
+        assert json.loads(done.output)["call_id"] == "c1"
+    done = runner.invoke(app, ["db", "show", "nobody", "--config", str(config_file)])
+    assert done.stderr.strip() == "minmo: no call 'nobody'"
+
+
+def test_an_unknown_stage_is_told_in_one_line(tmp_path: Path) -> None:
+    done = runner.invoke(app, ["train", "9z", "--work-dir", str(tmp_path)])
+    assert done.exit_code == 2
+    assert done.stderr.startswith("minmo: no training stage '9z'; there are: 0a, ")
+    assert done.stderr.endswith(" and the groups parents, connectors, all\n")
 
 
 def test_a_fresh_database_lists_no_call(config_file: Path) -> None:

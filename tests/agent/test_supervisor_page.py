@@ -95,9 +95,8 @@ async def test_every_route_there_is_needs_the_cookie(page: Page) -> None:
     page.client.cookies.clear()
     for path in set(paths) - {"/healthz", "/login", OFFER_PATH}:  # an offer has a token of its own
         for method in paths[path]:
-            answer = await page.client.request(
-                method, path.format(call_id="c1", kind="csv", wanted="pause"), headers={"origin": ORIGIN, "content-length": "0"}
-            )
+            address = path.format(call_id="c1", kind="csv", wanted="pause")
+            answer = await page.client.request(method, address, headers={"origin": ORIGIN, "content-length": "0"})
             assert answer.status_code == 401, (method, path)
 
 
