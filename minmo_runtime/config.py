@@ -40,6 +40,10 @@ class RuntimeConfig:
     prefill_chunk_tokens: int = 48
     """Most text positions of one prefill job."""
 
+    max_shared_prefixes: int = 16
+    """Beginnings of calls (system prompt, greeting) whose keys and values are kept for the next call that begins so;
+    one that an open call uses stays. 0 = none."""
+
     urgent_audio_s: float = 0.4
     """A call with less audio than this in hand goes before everything else."""
 
@@ -66,8 +70,8 @@ class RuntimeConfig:
     """Numbers of weights and caches: float32, or bfloat16 on a GPU."""
 
     weights: str = "as_stored"
-    """Linear layers of the LLM and the voice LM: as_stored (in `dtype`), or int8 on a CPU: half the time of a step of
-    large sizes, a few other words."""
+    """Linear layers of the LLM and the voice LM: as_stored (in `dtype`), int8 on a CPU (less than half the time of a
+    step of large sizes, a few other words), or fp8 on a GPU that multiplies 8-bit floats (never tried on one)."""
 
     has_fixed_shapes: bool = False
     """Whether decoding is padded to a few shapes; on a GPU each is one CUDA graph. true pays on a GPU only."""
@@ -89,6 +93,7 @@ class RuntimeConfig:
             ("max_unheard_input_s", 1.0, 120.0),
             ("max_job_ms", 1.0, 1000.0),
             ("prefill_chunk_tokens", 1, 4096),
+            ("max_shared_prefixes", 0, 256),
             ("urgent_audio_s", 0.0, 5.0),
             ("preroll_ms", 0, 2000),
             ("hangover_ms", 100, 5000),
@@ -105,7 +110,7 @@ class RuntimeConfig:
         for name, choices in (
             ("device", ("cpu", "cuda")),
             ("dtype", ("float32", "bfloat16")),
-            ("weights", ("as_stored", "int8")),
+            ("weights", ("as_stored", "int8", "fp8")),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"runtime.{name} = {getattr(self, name)!r}: must be {' or '.join(choices)}")
@@ -113,3 +118,5 @@ class RuntimeConfig:
             raise ValueError(
                 f"runtime.weights = 'int8': for device cpu and dtype float32, not {self.device}, {self.dtype}"
             )
+        if self.weights == "fp8" and self.device != "cuda":
+            raise ValueError("runtime.weights = 'fp8': for device cuda, not cpu")

@@ -27,7 +27,7 @@ from minmo_runtime.model.flow import Flow
 from minmo_runtime.model.hift import HiftVocoder
 from minmo_runtime.model.voice_lm import VoiceLm
 from minmo_runtime.profiles import profile_folder, read_profile
-from minmo_runtime.quantise import int8_linears
+from minmo_runtime.serving_form import to_serving_form
 
 PROFILE = "minmo-8b"
 CONTEXT = 128  # rows in the voice LM's cache
@@ -57,10 +57,7 @@ def voice_lm_rows(table: Mapping[str, Any], dtype: torch.dtype, repeats: int, ha
     for name in ("int8", str(dtype).removeprefix("torch.")) if has_int8 else (str(dtype).removeprefix("torch."),):
         model = random_module("voice_lm", table, _CPU, torch.float32 if name == "int8" else dtype)
         assert isinstance(model, VoiceLm)
-        if name == "int8":
-            int8_linears(model)
-        else:
-            model.trunk.fuse()
+        to_serving_form("voice_lm", model, "int8" if name == "int8" else "as_stored")
         cache = model.new_cache(1, CONTEXT + 8)
         row = torch.zeros(1, 1, model.dims.hidden_size, dtype=torch.float32 if name == "int8" else dtype)
 
@@ -76,6 +73,7 @@ def flow_rows(table: Mapping[str, Any], dtype: torch.dtype, repeats: int, chunk_
     """One second of speech, as the reference's streaming form makes it: a chunk of 25 tokens and 3 ahead."""
     model = random_module("flow", {**table, "chunk_tokens": chunk_tokens, "left_context_s": -1.0}, _CPU, dtype)
     assert isinstance(model, Flow)
+    to_serving_form("flow", model)
     dims = model.dims
     per_second = round(dims.token_rate_hz)
     voice = torch.randn(1, dims.spk_embed_dim, dtype=dtype)
@@ -144,6 +142,7 @@ def hift_rows(table: Mapping[str, Any], repeats: int) -> list[Row]:
 def encoder_rows(table: Mapping[str, Any], dtype: torch.dtype, repeats: int) -> list[Row]:
     model = random_module("encoder", table, _CPU, dtype)
     assert isinstance(model, VoiceEncoder)
+    to_serving_form("encoder", model)
     frames = torch.randn(1, 167, model.dims.num_mel_bins * model.dims.lfr_m, dtype=dtype)  # 10 s at 60 ms
     queries = torch.zeros(1, 4, dtype=torch.long)
     with torch.inference_mode():

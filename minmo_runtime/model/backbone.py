@@ -11,13 +11,15 @@ H attention heads, G heads per key/value head, N key/value heads, K head_dim, V 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from minmo_runtime.model.dims import BackboneDims
 from minmo_runtime.model.layers import RMSNorm, RotaryTable, apply_rotary
+from minmo_runtime.model.linear_forms import Joined, by_columns
 
 MASKED = -1e30  # finite, so that a row that sees nothing gives numbers, not NaN
 
@@ -118,7 +120,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(dims.hidden_size, self.num_key_value_heads * self.head_dim)
         self.v_proj = nn.Linear(dims.hidden_size, self.num_key_value_heads * self.head_dim)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, dims.hidden_size, bias=False)
-        self.fused: tuple[Tensor, Tensor] | None = None  # weight, bias of q, k, v in one
+        self.fused: Joined | None = None  # q, k, v in one
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, D] -> q [B, H, T, K], k and v [B, N, T, K]."""
@@ -128,7 +130,7 @@ class Attention(nn.Module):
         else:
             kv_size = self.num_key_value_heads * self.head_dim
             sizes = [self.num_heads * self.head_dim, kv_size, kv_size]
-            q, k, v = nn.functional.linear(x, *self.fused).split(sizes, dim=-1)
+            q, k, v = self.fused(x).split(sizes, dim=-1)
         return (
             q.view(batch, width, self.num_heads, self.head_dim).transpose(1, 2),
             k.view(batch, width, self.num_key_value_heads, self.head_dim).transpose(1, 2),
@@ -185,13 +187,13 @@ class Mlp(nn.Module):
         self.gate_proj = nn.Linear(dims.hidden_size, dims.intermediate_size, bias=False)
         self.up_proj = nn.Linear(dims.hidden_size, dims.intermediate_size, bias=False)
         self.down_proj = nn.Linear(dims.intermediate_size, dims.hidden_size, bias=False)
-        self.fused: Tensor | None = None
+        self.fused: Joined | None = None  # gate and up in one
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fused is None:
             gate, up = self.gate_proj(x), self.up_proj(x)
         else:
-            gate, up = nn.functional.linear(x, self.fused).chunk(2, dim=-1)
+            gate, up = self.fused(x).chunk(2, dim=-1)
         return self.down_proj(nn.functional.silu(gate) * up)
 
 
@@ -299,12 +301,23 @@ class Backbone(nn.Module):
         return self.model.norm(x)
 
     @torch.no_grad()
-    def fuse(self) -> Backbone:
-        """Join q, k, v and gate, up for fewer, larger products. Serving only: later weight changes are not seen."""
+    def fuse(self, make: Callable[[Tensor, Tensor | None], nn.Module] | None = None) -> Backbone:
+        """Join q, k, v and gate, up for fewer, larger products. Serving only: later weight changes are not seen.
+
+        With `make` every linear layer of the blocks takes that form (linear_forms.py) and the plain weights are let go;
+        without, the parts stay as views into the joined weight.
+        """
         for layer in self.model.layers:
-            parts = [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]
-            layer.self_attn.fused = (torch.cat([p.weight for p in parts]), torch.cat([p.bias for p in parts]))
-            layer.mlp.fused = torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight])
+            attention, mlp = layer.self_attn, layer.mlp
+            if attention.q_proj is None:  # has its form already
+                continue
+            qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
+            attention.fused = _joined(qkv, torch.cat([part.bias for part in qkv]), make)
+            mlp.fused = _joined([mlp.gate_proj, mlp.up_proj], None, make)
+            if make is not None:
+                attention.q_proj = attention.k_proj = attention.v_proj = mlp.gate_proj = mlp.up_proj = None
+                attention.o_proj = make(attention.o_proj.weight, None)
+                mlp.down_proj = make(mlp.down_proj.weight, None)
         return self
 
     @torch.no_grad()
@@ -325,3 +338,17 @@ class Backbone(nn.Module):
         first.look_back(self.dims.rope_theta)
         first.o_proj.weight.normal_(0.0, embedding_std * self.dims.head_dim**-0.5, generator=generator)
         return self
+
+
+def _joined(
+    parts: Sequence[nn.Linear], bias: Tensor | None, make: Callable[[Tensor, Tensor | None], nn.Module] | None
+) -> Joined:
+    """These layers as one product."""
+    weight = torch.cat([part.weight for part in parts])
+    if make is not None:
+        return make(weight, bias).forward
+    if weight.device.type == "cpu":
+        weight = by_columns(weight)
+    for part, piece in zip(parts, weight.split([len(part.weight) for part in parts]), strict=True):
+        part.weight.data = piece  # no second copy in memory
+    return functools.partial(nn.functional.linear, weight=weight, bias=bias)

@@ -91,7 +91,7 @@ class FeedForward(nn.Module):
         self.w_2 = nn.Linear(dims.linear_units, dims.output_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w_2(F.relu(self.w_1(x)))
+        return self.w_2(F.relu(self.w_1(x), inplace=True))
 
 
 class EncoderLayer(nn.Module):
