@@ -40,6 +40,10 @@ class RuntimeConfig:
     prefill_chunk_tokens: int = 48
     """Most text positions of one prefill job."""
 
+    max_shared_prefixes: int = 16
+    """Beginnings of calls (system prompt, greeting) whose keys and values are kept for the next call that begins so;
+    one that an open call uses stays. 0 = none."""
+
     urgent_audio_s: float = 0.4
     """A call with less audio than this in hand goes before everything else."""
 
@@ -89,6 +93,7 @@ class RuntimeConfig:
             ("max_unheard_input_s", 1.0, 120.0),
             ("max_job_ms", 1.0, 1000.0),
             ("prefill_chunk_tokens", 1, 4096),
+            ("max_shared_prefixes", 0, 256),
             ("urgent_audio_s", 0.0, 5.0),
             ("preroll_ms", 0, 2000),
             ("hangover_ms", 100, 5000),

@@ -39,7 +39,7 @@ class Drafting:
         self._raw_text = raw
         self.reply = Reply("", ReplyPhase.PREFILL, is_draft=True, user_text=text, wants_query=needs_query)
         self.reply.messages_before = list(self.conversation.messages)
-        self.conversation.add("user", text)
+        self.conversation.add("user", text, self.ear.audio_so_far())
         self.conversation.retarget("assistant")
 
     @property

@@ -20,6 +20,7 @@ from minmo_runtime.api import Caption, PushAudio
 from minmo_runtime.bridges import TurnView
 from minmo_runtime.caption_search import CaptionSearch
 from minmo_runtime.config import RuntimeConfig
+from minmo_runtime.conversation import AudioVector
 from minmo_runtime.ctc import GreedyCtc
 from minmo_runtime.rates import input_samples
 from minmo_runtime.text import normalise_spoken
@@ -45,6 +46,8 @@ class Segment:
     fbank: Any = None
     encoder_state: Any = None
     pending_features: Any = None
+    projector_state: Any = None
+    audio: list[AudioVector] = field(default_factory=list)  # what the LLM reads of it, behind a trained projector
     settled: Any = None  # full_context.SettledText, of an encoder that runs again over the whole segment
 
     def append(self, pcm: NDArray[np.int16]) -> None:
@@ -88,11 +91,15 @@ class Ear:
     call_id: str
     config: RuntimeConfig
     chunk_fbank_frames: int = 16  # of one encoder chunk
+    hears_audio: bool = False  # whether a trained projector gives the LLM the caller's voice
     clock: int = 0  # input samples received
     last_voiced_sample: int = -1
     segments: deque[Segment] = field(default_factory=deque)
     user_text: list[str] = field(default_factory=list)  # final texts of the open user turn
     overlap_text: list[str] = field(default_factory=list)
+    user_audio: list[AudioVector] = field(default_factory=list)  # of the same segments; a wordless one is noise
+    overlap_audio: list[AudioVector] = field(default_factory=list)
+    is_typed: bool = False  # the open user turn came by keypad or test: its words stand for it
     open_segment: Segment | None = None
     num_dropped_samples: int = 0
     num_chunks_encoded: int = 0  # of the call; counted by the encode job
@@ -177,6 +184,7 @@ class Ear:
             self.segments.remove(segment)
             if text and not segment.is_discarded:
                 (self.overlap_text if segment.is_overlap else self.user_text).append(text)
+                (self.overlap_audio if segment.is_overlap else self.user_audio).extend(segment.audio)
         if segment.is_discarded or not text or not (has_changed or segment.is_final):
             return None
         return Caption(
@@ -194,6 +202,17 @@ class Ear:
         done = self.overlap_text if overlap else self.user_text
         running = [s.text for s in self.segments if s.is_overlap == overlap and s.text and not s.is_discarded]
         return " ".join([*done, *running])
+
+    def audio_so_far(self) -> list[AudioVector]:
+        """What a reply would answer now, as the LLM reads it: overlap first, then the user turn, including segments
+        still being encoded. Empty where words stand for it."""
+        if self.is_typed:
+            return []
+        audio: list[AudioVector] = []
+        for is_overlap, done in ((True, self.overlap_audio), (False, self.user_audio)):
+            running = [s for s in self.segments if s.is_overlap == is_overlap and s.text and not s.is_discarded]
+            audio += [*done, *(vector for segment in running for vector in segment.audio)]
+        return audio
 
     def has_unheard(self) -> bool:
         """Whether speech of the caller's own turn still waits for the encoder."""
@@ -233,15 +252,27 @@ class Ear:
     # ------------------------------------------------------------- turn changes
 
     def take_user_turn(self) -> str:
-        """Close the user turn: its text, overlap that nobody discarded first."""
+        """Close the user turn: its text, overlap that nobody discarded first (its voice: `take_user_audio`)."""
         text = " ".join([*self.overlap_text, *self.user_text])
         self.overlap_text, self.user_text = [], []
         return text
 
+    def take_user_audio(self) -> list[AudioVector]:
+        """The same turn as the LLM reads it; empty where words stand for it."""
+        audio = [] if self.is_typed else [*self.overlap_audio, *self.user_audio]
+        self.overlap_audio, self.user_audio, self.is_typed = [], [], False
+        return audio
+
+    def give_back(self, text: str, audio: list[AudioVector]) -> None:
+        """The turn was not over: what was taken of it opens it again."""
+        self.user_text.insert(0, text)
+        self.user_audio[:0] = audio
+        self.is_typed = self.is_typed or bool(text and self.hears_audio and not audio)
+
     def replace_user_turn(self, text: str) -> None:
         """Keypad digits or a test's line stand for whatever was heard."""
         self.discard(overlap=False)
-        self.user_text = [text]
+        self.user_text, self.is_typed = [text], True
 
     def discard(self, overlap: bool) -> None:
         """Forget what was said in the overlap (or in the user turn), including what is still running."""
@@ -249,13 +280,14 @@ class Ear:
             if segment.is_overlap == overlap:
                 segment.is_discarded = True
         if overlap:
-            self.overlap_text = []
+            self.overlap_text, self.overlap_audio = [], []
         else:
-            self.user_text = []
+            self.user_text, self.user_audio, self.is_typed = [], [], False
 
     def adopt_overlap(self) -> None:
         """The overlap was an interruption: it opens the next user turn, and what is still running belongs to it."""
         self.user_text = [*self.overlap_text, *self.user_text]
-        self.overlap_text = []
+        self.user_audio = [*self.overlap_audio, *self.user_audio]
+        self.overlap_text, self.overlap_audio = [], []
         for segment in self.segments:
             segment.is_overlap = False

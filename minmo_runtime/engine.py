@@ -113,6 +113,7 @@ class Engine:
         stream.slot = self.runner.pool.take(request.call_id)
         stream.needs_hidden = "out" not in self.checkpoint.bridges
         stream.say_cache = self.say_cache
+        stream.ear.hears_audio = "in" not in self.checkpoint.bridges
         stream.ear.chunk_fbank_frames = self.runner.chunk_fbank_frames
         if self.runner.predictor.step_ms:
             stream.predict_every(self.runner.predictor.step_ms)

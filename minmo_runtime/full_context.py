@@ -67,6 +67,7 @@ class Heard:
 
     tag_ids: tuple[int, ...]  # language, emotion, event, text normalisation: ids of the CTC vocabulary
     log_probs: NDArray[np.float32]  # [T, V] without the query rows
+    hidden: Tensor  # [T, D], the same frames
 
 
 @torch.no_grad()
@@ -77,12 +78,11 @@ def hear(encoder: VoiceEncoder, segments: Sequence[Tensor], rows: Sequence[int])
     lengths = torch.tensor([len(frames) for frames in stacked])
     padded = torch.nn.utils.rnn.pad_sequence(stacked, batch_first=True)
     queries = torch.tensor(rows).expand(len(segments), -1)
-    if len(segments) == 1:
-        log_probs = encoder.ctc_log_probs(encoder(padded, None, queries))
-    else:
-        log_probs = encoder.ctc_log_probs(encoder(padded, lengths + len(rows), queries))
+    hidden = encoder(padded, None if len(segments) == 1 else lengths + len(rows), queries)
+    log_probs = encoder.ctc_log_probs(hidden)
     heard = []
     for row, length in enumerate(lengths.tolist()):
         valid = log_probs[row, : len(rows) + length].float().cpu().numpy()
-        heard.append(Heard(tuple(valid[: len(rows)].argmax(1).tolist()), valid[len(rows) :]))
+        frames = hidden[row, len(rows) : len(rows) + length]
+        heard.append(Heard(tuple(valid[: len(rows)].argmax(1).tolist()), valid[len(rows) :], frames))
     return heard

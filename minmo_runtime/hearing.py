@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minmo_runtime import features
+from minmo_runtime.conversation import AudioVector
 from minmo_runtime.ctc import align_prefix, heard_words
 from minmo_runtime.ear import Segment
 from minmo_runtime.full_context import MAX_SEGMENT_S, Heard, SettledText, hear, joined, query_rows
@@ -36,7 +37,7 @@ class Hearing:
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
         self.checkpoint = checkpoint
         self.rates = checkpoint.rates
-        self.encoder = checkpoint.modules.encoder
+        self.encoder, self.projector = checkpoint.modules.encoder, checkpoint.modules.projector
         self.device, self.dtype = device, dtype
 
     @property
@@ -64,7 +65,8 @@ class Hearing:
         chunks = torch.stack([self._next_chunk(segment) for segment in segments])
         states = EncoderState.stack([segment.encoder_state or self.encoder.init_state() for segment in segments])
         hidden, states = self.encoder.forward_chunk(chunks.to(self.device, self.dtype), states)
-        log_probs = self.encoder.ctc_log_probs(hidden).float().cpu()
+        scores = self.encoder.ctc_log_probs(hidden)
+        log_probs = scores.float().cpu()
 
         def take(row: int, stream: Stream) -> None:
             check(log_probs[row], "the encoder")
@@ -76,10 +78,22 @@ class Hearing:
                 stream.new_frames.append(hidden[row])
             grown = segment.ctc.push(log_probs[row].numpy())
             text = self._ctc_text(segment.ctc.tokens) if grown else segment.text
+            if self.projector is not None:
+                state = segment.projector_state or self.projector.init_state()
+                segment.projector_state = state
+                vectors = self.projector.forward_chunk(hidden[row], state, scores[row].exp())
+                self._take_audio(segment, vectors)
             if caption := stream.ear.take_text(segment, text):
                 stream.emit(caption)
+            if self.projector is not None and not (segment.is_overlap or segment.is_discarded):
+                stream.expect_user_turn()
 
         return failed | each(streams, take)
+
+    @staticmethod
+    def _take_audio(segment: Segment, vectors: Tensor) -> None:
+        check(vectors, "the input projector")
+        segment.audio += [AudioVector(vector) for vector in vectors]
 
     def _finish(self, stream: Stream) -> None:
         """A segment that ended exactly with a chunk that was encoded before: nothing is left to run."""
@@ -111,16 +125,29 @@ class Hearing:
             segment.ctc.push(heard.log_probs)
             tokens = segment.ctc.tokens
             ahead = segment.settled.push(tokens)
-            if not segment.is_overlap and not segment.is_discarded:
+            if self.projector is not None:
+                self._project_whole(segment, heard)
+            elif not segment.is_overlap and not segment.is_discarded:
                 stream.expect_user_turn(joined(text, self._ctc_text(tokens if segment.is_closed else ahead)))
             text = joined(text, self._ctc_text(tokens))
-            if len(segment.pending_features) > MAX_SEGMENT_S * features.FRAMES_PER_S:
+            if self._is_too_long(segment):
                 segment.settled = SettledText(kept=text)
                 segment.pending_features = segment.pending_features[:0]
         segment.is_final = segment.is_closed
         segment.num_frames_encoded = features.num_frames(segment.num_samples)
         if caption := stream.ear.take_text(segment, text):
             stream.emit(caption)
+
+    def _project_whole(self, segment: Segment, heard: Heard) -> None:
+        """A run over all of it changes every frame: the LLM reads only what no later run will change."""
+        if self.projector is None or not (segment.is_closed or self._is_too_long(segment)):
+            return
+        posteriors = torch.from_numpy(heard.log_probs).to(heard.hidden).exp()
+        self._take_audio(segment, self.projector(heard.hidden[None], posteriors[None])[0])
+
+    @staticmethod
+    def _is_too_long(segment: Segment) -> bool:
+        return len(segment.pending_features) > MAX_SEGMENT_S * features.FRAMES_PER_S
 
     def _gather(self, segment: Segment) -> None:
         """Everything that waits as samples becomes features that wait."""

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from minmo_runtime import features
 from minmo_runtime.config import RuntimeConfig
-from minmo_runtime.conversation import Conversation
+from minmo_runtime.conversation import AudioVector, Conversation, Message, Position
 from minmo_runtime.hearing import to_waveform
 from minmo_runtime.model.interleave import Row, VoiceTurn
 from minmo_runtime.model.vocoder import push_rows
+from minmo_runtime.prefill import input_vectors
 from minmo_runtime.reply import Reply, ReplyPhase
 from minmo_runtime.runner import make_bans
 from minmo_runtime.sampling import draw_with, ras_sample
@@ -37,14 +38,16 @@ class PlainReply:
 
 
 @torch.inference_mode()
-def answer(checkpoint: Checkpoint, messages: Sequence[tuple[str, str]], seed: int, config: RuntimeConfig) -> PlainReply:
-    """What the agent says after these messages, (role, text) each, the last one the caller's."""
+def answer(
+    checkpoint: Checkpoint, messages: Sequence[tuple[str, str] | Message], seed: int, config: RuntimeConfig
+) -> PlainReply:
+    """What the agent says after these messages, the last one the caller's."""
     conversation = _conversation(checkpoint, messages, config)
     ids = list(conversation.target_ids)
     tokenizer, llm = checkpoint.text_tokenizer, checkpoint.modules.llm
     bans = make_bans(checkpoint)[0]
     ends = (tokenizer.special(TURN_END), tokenizer.special(TOOL_CALL))
-    hidden = llm(torch.tensor([ids]))[0]
+    hidden = llm(embeds=input_vectors(llm, [ids]))[0]
     first, last = conversation.user_span
     query = _query(checkpoint, hidden[first:last], ids[first:last])
     spoken: list[int] = []
@@ -56,16 +59,19 @@ def answer(checkpoint: Checkpoint, messages: Sequence[tuple[str, str]], seed: in
         spoken.append(token)
         vectors.append(_semantic(checkpoint, hidden[-1], token))
         ids.append(token)
-        hidden = llm(torch.tensor([ids]))[0]
+        hidden = llm(embeds=input_vectors(llm, [ids]))[0]
     return _speak(checkpoint, tokenizer.decode(spoken), vectors, query, seed, config)
 
 
 @torch.inference_mode()
-def say(checkpoint: Checkpoint, messages: Sequence[tuple[str, str]], text: str, config: RuntimeConfig) -> PlainReply:
+def say(
+    checkpoint: Checkpoint, messages: Sequence[tuple[str, str] | Message], text: str, config: RuntimeConfig
+) -> PlainReply:
     """A fixed sentence behind these messages."""
     forced = checkpoint.text_tokenizer.encode(plain(text))
     ids = list(_conversation(checkpoint, messages, config).target_ids)
-    hidden = checkpoint.modules.llm(torch.tensor([ids + forced]))[0]
+    llm = checkpoint.modules.llm
+    hidden = llm(embeds=input_vectors(llm, [ids + forced]))[0]
     vectors = [_semantic(checkpoint, hidden[len(ids) - 1 + i], token) for i, token in enumerate(forced)]
     seed = voice_seed(0, Reply("", ReplyPhase.DECODING, forced_text=text, is_forced=True))
     return _speak(checkpoint, text, vectors, None, seed, config)
@@ -74,19 +80,35 @@ def say(checkpoint: Checkpoint, messages: Sequence[tuple[str, str]], text: str, 
 @torch.inference_mode()
 def hear(checkpoint: Checkpoint, pcm: NDArray[np.int16]) -> str:
     """The words of one segment of caller speech, 16 kHz."""
-    encoder = checkpoint.modules.encoder
-    frames = features.fbank(to_waveform(pcm), encoder.dims.num_mel_bins)
-    missing = -len(frames) % encoder.fbank_frames_per_chunk
-    frames = torch.cat([frames, frames[-1:].expand(missing, -1)])
     reading = checkpoint.captions.new()
-    reading.push(encoder.ctc_log_probs(encoder(frames[None]))[0].numpy())
+    reading.push(checkpoint.modules.encoder.ctc_log_probs(_frames(checkpoint, pcm))[0].numpy())
     return " ".join(checkpoint.ctc_tokenizer.decode(list(reading.tokens)).split())
 
 
-def _conversation(checkpoint: Checkpoint, messages: Sequence[tuple[str, str]], config: RuntimeConfig) -> Conversation:
+@torch.inference_mode()
+def hear_audio(checkpoint: Checkpoint, pcm: NDArray[np.int16]) -> list[AudioVector]:
+    """The same segment as a trained projector gives it to the LLM."""
+    encoder, projector = checkpoint.modules.encoder, checkpoint.modules.projector
+    assert projector is not None, "no input projector in this checkpoint"
+    frames = _frames(checkpoint, pcm)
+    return [AudioVector(vector) for vector in projector(frames, encoder.ctc_log_probs(frames).exp())[0]]
+
+
+def _frames(checkpoint: Checkpoint, pcm: NDArray[np.int16]) -> Tensor:
+    """[1, T, D]: the whole segment through the encoder, its last chunk filled with its last frame."""
+    encoder = checkpoint.modules.encoder
+    frames = features.fbank(to_waveform(pcm), encoder.dims.num_mel_bins)
+    missing = -len(frames) % encoder.fbank_frames_per_chunk
+    return encoder(torch.cat([frames, frames[-1:].expand(missing, -1)])[None])
+
+
+def _conversation(
+    checkpoint: Checkpoint, messages: Sequence[tuple[str, str] | Message], config: RuntimeConfig
+) -> Conversation:
     conversation = Conversation(checkpoint.text_tokenizer, config.max_context_tokens)
-    for role, text in messages:
-        conversation.add(role, plain(text))
+    for given in messages:
+        message = given if isinstance(given, Message) else Message(*given)
+        conversation.add(message.role, plain(message.text), message.audio)
     conversation.retarget("assistant")
     return conversation
 
@@ -100,12 +122,12 @@ def _semantic(checkpoint: Checkpoint, hidden: Tensor, token: int) -> Tensor:
     return modules.output_projector(hidden[None], modules.llm.embed(ids), rows)[0]
 
 
-def _query(checkpoint: Checkpoint, hidden: Tensor, ids: list[int]) -> Tensor | None:
+def _query(checkpoint: Checkpoint, hidden: Tensor, ids: list[Position]) -> Tensor | None:
     """The caller's turn in front of the reply."""
     projector = checkpoint.modules.output_projector
     if projector is None or not ids:
         return None
-    return projector.query(hidden, checkpoint.modules.llm.embed(torch.tensor(ids)))
+    return projector.query(hidden, input_vectors(checkpoint.modules.llm, [ids])[0])
 
 
 def _speak(

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minmo_runtime.conversation import Message
+from minmo_runtime.conversation import AudioVector, Message
 from minmo_runtime.ear import Segment
 
 
@@ -67,6 +67,7 @@ class Reply:
     num_tools: int = 0
     wanted_tool: tuple[str, dict[str, str]] | None = None  # of a draft: name and arguments, asked for when it is spoken
     user_text: str = ""  # the user turn it answers: given back if the turn was not over
+    user_audio: list[AudioVector] = field(default_factory=list)  # the same as the LLM read it; empty = by its words
     # --- context
     waiting_segments: list[Segment] = field(default_factory=list)  # the user turn's speech when it was closed
     messages_before: list[Message] | None = None  # the conversation before its user turn

@@ -123,10 +123,15 @@ class Stream:
             case _:
                 raise ValueError("not a request to an open stream")
 
-    def expect_user_turn(self, settled: str) -> None:
-        """What has settled of the caller's open segment goes into the LLM's cache ahead of the turn's end. If later
-        words differ, the common prefix shrinks: the cache is cut back there, and nothing else has to be undone."""
-        if self.replies or self.truncations or self.needs_hidden or self.drafting.reply:
+    def expect_user_turn(self, settled: str = "") -> None:
+        """The caller's voice, or what has settled of the words of the open segment, goes into the LLM's cache ahead of
+        the turn's end. If later words differ, the common prefix shrinks: the cache is cut back there, and nothing else
+        has to be undone."""
+        if self.replies or self.truncations or self.drafting.reply:
+            return
+        if self.ear.hears_audio and not self.ear.is_typed:
+            if audio := self.ear.audio_so_far():
+                self.conversation.retarget("user", audio)
             return
         text = " ".join(part for part in (*self.ear.overlap_text, *self.ear.user_text, settled) if part)
         self.conversation.retarget("user", plain(normalise_spoken(text)))
@@ -199,6 +204,8 @@ class Stream:
         """Transitions that need no model: the user turn is fully heard → its text goes into the context."""
         if not self.replies and self.drafting.is_stale:
             self.drop_draft()
+            if self.ear.hears_audio:
+                self.expect_user_turn()  # what the draft had read of the turn stays in the cache
         reply = self.head
         if reply is not None and reply.phase is ReplyPhase.TOOL and not reply.is_draft:
             self._let_a_say_pass()
@@ -206,14 +213,15 @@ class Stream:
             return
         if any(not segment.is_final for segment in reply.waiting_segments):
             return
-        user_text = normalise_spoken(self.ear.take_user_turn())
+        user_text, audio = normalise_spoken(self.ear.take_user_turn()), self.ear.take_user_audio()
         if draft := self.drafting.commit(reply, user_text):
+            draft.user_audio = audio
             self._speak_draft(draft)
             return
         self.drop_draft()
         reply.messages_before = list(self.conversation.messages)
-        reply.user_text = user_text
-        self.conversation.add("user", reply.user_text)
+        reply.user_text, reply.user_audio = user_text, audio
+        self.conversation.add("user", user_text, audio)
         self.conversation.retarget("assistant")
         reply.wants_query = self.needs_hidden
         reply.become(ReplyPhase.PREFILL)
@@ -302,7 +310,7 @@ class Stream:
         if truncation.reason == "false_end":
             if reply.messages_before is not None:
                 self.conversation.messages = reply.messages_before
-                self.ear.user_text.insert(0, reply.user_text)
+                self.ear.give_back(reply.user_text, reply.user_audio)
         else:
             if reply.messages_base is not None:
                 self.conversation.messages = reply.messages_base

@@ -172,10 +172,6 @@ def _modules(
         _check_predictor(modules, folder)
         warnings.append("duplex: weights are there, but the runner has no path for them yet; its bridge stands in")
         del modules["duplex"]
-    if modules.pop("projector", None) is not None:
-        warnings.insert(
-            0, "projector: weights are there, but the runner has no path for them yet; its bridge stands in"
-        )
     return modules, untrained, warnings
 
 
