@@ -30,36 +30,58 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from minmo_runtime.model.dims import Dims
 
-_STAGE_SLOPE = 0.1  # leaky ReLU before each up-sampling; the last one, before conv_post, has torch's default 0.01
-_SINE_AMPLITUDE = 0.1
 _MAX_MAGNITUDE = 100.0
 _NOISE_SAMPLES = 1 << 17  # of the fixed noise of streamed turns; longer turns read it again
 
 
 @dataclass(frozen=True)
 class HiftDims(Dims):
-    """Table `[vocoder]` of a checkpoint whose kind is "hift"; CosyVoice 2's own names."""
+    """Table `[vocoder]` of a checkpoint whose kind is "hift"; CosyVoice 2's own names. Dilations are one row for every
+    block of their kind, or one row per block as the parents write them."""
 
     in_channels: int = 80
     base_channels: int = 512
     f0_cond_channels: int = 512
     nb_harmonics: int = 8
     sampling_rate: int = 24_000
-    nsf_sigma: float = 0.003
+    nsf_alpha: float = 0.1  # of the sines
+    nsf_sigma: float = 0.003  # of the noise under them
     nsf_voiced_threshold: float = 10.0
     upsample_rates: tuple[int, ...] = (8, 5, 3)
     upsample_kernel_sizes: tuple[int, ...] = (16, 11, 7)
     istft_n_fft: int = 16
     istft_hop_len: int = 4
     resblock_kernel_sizes: tuple[int, ...] = (3, 7, 11)
-    resblock_dilation_sizes: tuple[int, ...] = (1, 3, 5)
+    resblock_dilation_sizes: tuple[int, ...] | tuple[tuple[int, ...], ...] = (1, 3, 5)
     source_resblock_kernel_sizes: tuple[int, ...] = (7, 7, 11)
+    source_resblock_dilation_sizes: tuple[int, ...] | tuple[tuple[int, ...], ...] = ()  # (): as the others
+    lrelu_slope: float = 0.1  # before each up-sampling; before conv_post it is torch's default 0.01
     audio_limit: float = 0.99
     overlap_frames: int = 8  # carried over and cross-faded between streamed pieces
 
     @property
     def samples_per_frame(self) -> int:
         return math.prod(self.upsample_rates) * self.istft_hop_len
+
+    def stage_blocks(self) -> list[tuple[int, tuple[int, ...]]]:
+        """(kernel, dilations) of the residual blocks of each up-sampling."""
+        return _with_dilations(self.resblock_kernel_sizes, self.resblock_dilation_sizes)
+
+    def source_blocks(self) -> list[tuple[int, tuple[int, ...]]]:
+        """(kernel, dilations) of the block on the source, one for each up-sampling."""
+        dilations = self.source_resblock_dilation_sizes or self.resblock_dilation_sizes
+        return _with_dilations(self.source_resblock_kernel_sizes, dilations)
+
+
+def _with_dilations(
+    kernels: tuple[int, ...], dilations: tuple[int, ...] | tuple[tuple[int, ...], ...]
+) -> list[tuple[int, tuple[int, ...]]]:
+    rows = [row for row in dilations if not isinstance(row, int)]
+    if not rows:
+        return [(kernel, tuple(dilations)) for kernel in kernels]
+    if len(rows) != len(kernels) or len(rows) != len(dilations):
+        raise ValueError(f"vocoder: dilations {dilations} must be one row, or one row for each of kernels {kernels}")
+    return [(kernel, tuple(row)) for kernel, row in zip(kernels, rows, strict=True)]
 
 
 @dataclass
@@ -154,9 +176,9 @@ class HarmonicSource(nn.Module):
         sines = self.sines(f0_hz)
         voiced = (f0_hz > dims.nsf_voiced_threshold).to(sines.dtype)
         voiced = voiced.repeat_interleave(dims.samples_per_frame, dim=1)[..., None]
-        loudness = voiced * dims.nsf_sigma + (1 - voiced) * _SINE_AMPLITUDE / 3
+        loudness = voiced * dims.nsf_sigma + (1 - voiced) * dims.nsf_alpha / 3
         noise = torch.randn_like(sines) if noise is None else noise
-        mixed = self.l_linear(sines * _SINE_AMPLITUDE * voiced + loudness * noise)
+        mixed = self.l_linear(sines * dims.nsf_alpha * voiced + loudness * noise)
         return torch.tanh(mixed).transpose(1, 2)
 
 
@@ -167,7 +189,7 @@ class HiftVocoder(nn.Module):
         super().__init__()
         self.dims = dims
         base, rates = dims.base_channels, dims.upsample_rates
-        bins = dims.istft_n_fft + 2
+        bins, source_blocks = dims.istft_n_fft + 2, dims.source_blocks()
         self.f0_predictor = F0Predictor(dims)
         self.m_source = HarmonicSource(dims)
         self.conv_pre = weight_norm(nn.Conv1d(dims.in_channels, base, 7, padding=3))
@@ -180,11 +202,9 @@ class HiftVocoder(nn.Module):
             stride = math.prod(rates[i + 1 :])  # from the source's STFT rate down to this stage's rate
             down = (1, 1, 0) if stride == 1 else (2 * stride, stride, stride // 2)
             self.source_downs.append(nn.Conv1d(bins, channels, *down))
-            self.source_resblocks.append(
-                ResBlock(channels, dims.source_resblock_kernel_sizes[i], dims.resblock_dilation_sizes)
-            )
-            for size in dims.resblock_kernel_sizes:
-                self.resblocks.append(ResBlock(channels, size, dims.resblock_dilation_sizes))
+            self.source_resblocks.append(ResBlock(channels, *source_blocks[i]))
+            for size, dilations in dims.stage_blocks():
+                self.resblocks.append(ResBlock(channels, size, dilations))
         self.conv_post = weight_norm(nn.Conv1d(base >> len(rates), bins, 7, padding=3))
         self.register_buffer("window", torch.hann_window(dims.istft_n_fft), persistent=False)
         samples = dims.overlap_frames * dims.samples_per_frame
@@ -220,7 +240,7 @@ class HiftVocoder(nn.Module):
         x = self.conv_pre(mel)
         per_stage = len(dims.resblock_kernel_sizes)
         for i, up in enumerate(self.ups):
-            x = up(nn.functional.leaky_relu(x, _STAGE_SLOPE))
+            x = up(nn.functional.leaky_relu(x, dims.lrelu_slope))
             if i == len(self.ups) - 1:
                 x = nn.functional.pad(x, (1, 0), mode="reflect")  # the centred STFT has one frame more
             x = x + self.source_resblocks[i](self.source_downs[i](spectrum))

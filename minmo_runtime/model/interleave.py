@@ -48,8 +48,11 @@ class InterleaveRules:
 
     `accept_early_fill`: the reference takes a fill drawn before the 15th voice token. Training data has fill only
     there, so for our own weights an early fill is banned by default.
-    `repeat_last_row`: after a fill, the reference feeds the last voice token a second time in front of the final text
-    (`[s.. t.. TASK]`). Training data never looks like this: off by default, on only to match its golden vectors.
+    `repeat_last_input`: the reference feeds what it fed last a second time in front of the final text: a voice token
+    (`[s.. t.. TASK]`), or a whole block of text if *fill* was drawn straight behind it. Training data never looks like
+    this: off by default, on only to match its golden vectors.
+    `continue_whole_prompt`: behind a prompt of whole blocks of voice the reference goes on for 15 voice tokens without
+    new text. In training a block of text follows there: off by default, for the golden vectors too.
     `ban_other_stops`: in the last phase only *end* may end the turn; the reference's one-shot decode also ends on fill
     and on the unused id, and its interleaved decode raises on them.
     `min_voice_per_text` bans *end* before that many voice tokens per text row; at `max_voice_per_text` (+
@@ -61,7 +64,8 @@ class InterleaveRules:
     num_voice: int = 15
     interleaved: bool = True
     accept_early_fill: bool = False
-    repeat_last_row: bool = False
+    repeat_last_input: bool = False
+    continue_whole_prompt: bool = False
     ban_other_stops: bool = True
     min_voice_per_text: float = 0.0
     max_voice_per_text: float = 20.0
@@ -110,6 +114,7 @@ class VoiceTurn:
         self._num_prompt_text = num_prompt_text
         self._next_text = 0
         self._is_text_finished = False
+        self._last_input: list[Row] = []  # for `repeat_last_input`
         self._is_fed = False  # the pending rows were handed out and await `accept`
         # Voice tokens until the next forced fill; a prompt may end inside a block: (P // 15 + 1) * 15 - P.
         self._until_fill = rules.num_voice - len(self._prompt) % rules.num_voice
@@ -161,6 +166,7 @@ class VoiceTurn:
         self.decoded.append(token)
         self.voice_tokens.append(token)
         self._pending = [Row(RowKind.VOICE, token)]
+        self._last_input = list(self._pending)
         self._until_fill -= 1
         if self.phase is Phase.STREAMING and self._until_fill == 0:
             self.decoded.append(self.rules.fill_id)
@@ -179,15 +185,18 @@ class VoiceTurn:
         if rules.interleaved:
             self._weave_prompt()
             if not self._prompt and (self._is_inside_prompt_block or self._available() >= rules.num_text):
+                # Behind the first block the row of a forced fill's token waits; in the reference it went in by itself.
+                first_row = len(self._pending) if self.decoded else 0
                 if not self._is_inside_prompt_block:
                     self._take_text(rules.num_text)
+                self._last_input = self._pending[first_row:]
                 self._is_inside_prompt_block = False
                 self.phase = Phase.STREAMING
                 return True
         if not self._is_text_finished:
             return False
-        if rules.repeat_last_row and self.voice_tokens:
-            self._pending.append(Row(RowKind.VOICE, self.voice_tokens[-1]))
+        if rules.repeat_last_input and self.decoded:
+            self._pending += self._last_input
         self._take_text(self._available())
         self._pending.append(Row(RowKind.TURN_OF_SPEECH))
         self._take_prompt(len(self._prompt))
@@ -198,7 +207,8 @@ class VoiceTurn:
         """Put a prompt's text and voice in as finished blocks, as far as the text reaches."""
         while self._prompt and self._available() >= self.rules.num_text:
             self._take_text(self.rules.num_text)
-            self._is_inside_prompt_block = len(self._prompt) < self.rules.num_voice
+            is_open = len(self._prompt) < self.rules.num_voice
+            self._is_inside_prompt_block = is_open or self.rules.continue_whole_prompt
             self._take_prompt(self.rules.num_voice)
 
     def _available(self) -> int:

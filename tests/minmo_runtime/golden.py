@@ -38,8 +38,12 @@ class Case:
     def facts(self) -> Any:
         return json.loads(self._existing("facts.json").read_text())
 
+    @property
+    def weights_path(self) -> Path:
+        return self._existing("weights.safetensors")
+
     def weights(self) -> dict[str, Tensor]:
-        return load_file(self._existing("weights.safetensors"))
+        return load_file(self.weights_path)
 
     def vectors(self) -> dict[str, Tensor]:
         return load_file(self._existing("io.safetensors"))

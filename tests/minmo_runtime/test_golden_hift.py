@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from minmo_runtime.mel import MelConfig, MelSpectrogram, mel_filterbank
 from minmo_runtime.model.flow import Flow
@@ -17,26 +18,38 @@ from tests.minmo_runtime.golden import Case, Tensors, max_error, scenario, scena
 from tests.minmo_runtime.test_golden_flow import golden_dims as flow_dims
 
 
-def golden_dims(config: dict[str, Any]) -> HiftDims:
+def golden_dims(config: dict[str, Any], overlap_frames: int) -> HiftDims:
     """The reference's constructor values in our names."""
     names = (
-        "in_channels base_channels f0_cond_channels nb_harmonics sampling_rate nsf_sigma nsf_voiced_threshold "
-        "upsample_rates upsample_kernel_sizes resblock_kernel_sizes source_resblock_kernel_sizes audio_limit"
+        "in_channels base_channels f0_cond_channels nb_harmonics sampling_rate nsf_alpha nsf_sigma "
+        "nsf_voiced_threshold upsample_rates upsample_kernel_sizes resblock_kernel_sizes resblock_dilation_sizes "
+        "source_resblock_kernel_sizes source_resblock_dilation_sizes lrelu_slope audio_limit"
     ).split()
-    table = {name: config[name] for name in names}
-    dilations, istft = config["resblock_dilation_sizes"], config["istft"]
-    both = [*dilations, *config["source_resblock_dilation_sizes"]]
-    assert all(row == dilations[0] for row in both) and config["lrelu_slope"] == 0.1 and config["nsf_alpha"] == 0.1
-    table |= {"resblock_dilation_sizes": dilations[0], "istft_n_fft": istft["n_fft"], "istft_hop_len": istft["hop_len"]}
-    return HiftDims.from_dict(table)
+    table = {name: config[name] for name in names} | {"overlap_frames": overlap_frames}
+    istft = config["istft"]
+    return HiftDims.from_dict({**table, "istft_n_fft": istft["n_fft"], "istft_hop_len": istft["hop_len"]})
+
+
+def with_phase_sums(tolerance: float, mel: Tensor, dims: HiftDims) -> float:
+    """The bounds are for 50 frames of CosyVoice 2's source. Phase is a float32 sum over frames, so what two orders of
+    adding differ by grows with them (0.001 at 50 frames, 0.016 at 500, says the vectors' README), with the highest
+    harmonic's step per sample, and with the loudness of the sines."""
+    full = HiftDims()
+    highest = (dims.nb_harmonics + 1) / dims.sampling_rate / ((full.nb_harmonics + 1) / full.sampling_rate)
+    return tolerance * max(1.0, mel.shape[-1] / 50) * max(1.0, highest * dims.nsf_alpha / full.nsf_alpha)
 
 
 @pytest.fixture(scope="module")
 def case(golden_dir: Path) -> tuple[HiftVocoder, Tensors]:
     files = Case(golden_dir, "hift")
-    vocoder = HiftVocoder(golden_dims(files.config)).eval()
+    config, io = files.config, files.vectors()
+    # The sizes of a set do not name what its pieces carry over; their cross-fade does.
+    window = io.get("stream.window_hamming_float64")
+    overlap = HiftDims().overlap_frames if window is None else len(window) // 2 // config["samples_per_frame"]
+    vocoder = HiftVocoder(golden_dims(config, overlap)).eval()
     vocoder.load_state_dict(files.weights(), strict=True)
-    return vocoder, files.vectors()
+    assert vocoder.dims.samples_per_frame == config["samples_per_frame"]
+    return vocoder, io
 
 
 @torch.inference_mode()
@@ -46,10 +59,11 @@ def test_mel_to_wave_equals_the_reference(case: tuple[HiftVocoder, Tensors]) -> 
     f0_hz = vocoder.f0_predictor(v["in.mel"])
     assert max_error(f0_hz, v["out.f0"]) < 1e-3
     if "mid.sines" in v:
-        assert max_error(vocoder.m_source.sines(v["out.f0"]), v["mid.sines"]) < 2e-3
+        sines = vocoder.m_source.sines(v["out.f0"])
+        assert max_error(sines, v["mid.sines"]) < with_phase_sums(2e-3, v["in.mel"], vocoder.dims)
     wave, source = vocoder(v["in.mel"], v["rand.noise_raw"])
-    assert max_error(source, v["out.source"]) < 5e-4
-    assert max_error(wave, v["out.wav"]) < 5e-4
+    assert max_error(source, v["out.source"]) < with_phase_sums(5e-4, v["in.mel"], vocoder.dims)
+    assert max_error(wave, v["out.wav"]) < with_phase_sums(5e-4, v["in.mel"], vocoder.dims)
 
 
 @torch.inference_mode()
@@ -69,7 +83,8 @@ def test_streamed_pieces_equal_the_reference(case: tuple[HiftVocoder, Tensors]) 
         piece = v["in.mel"][..., start : start + size]
         start += size
         made = vocoder.push(piece, state, index == len(sizes) - 1, v[f"chunk{index}.rand.noise_raw"])
-        assert max_error(made, v[f"chunk{index}.out.emitted"]) < 5e-4
+        bound = with_phase_sums(5e-4, v["in.mel"], vocoder.dims)
+        assert max_error(made, v[f"chunk{index}.out.emitted"]) < bound, f"piece {index}"
 
 
 @torch.inference_mode()
@@ -111,7 +126,7 @@ def test_streamed_pieces_put_together_are_the_references_wave(case: tuple[HiftVo
         noise = v[f"chunk{index}.rand.noise_raw"]
         made.append(vocoder.push(v["in.mel"][..., start : start + size], state, index == len(sizes) - 1, noise))
         start += size
-    assert max_error(torch.cat(made, dim=1), v["out.concat"]) < 5e-4
+    assert max_error(torch.cat(made, dim=1), v["out.concat"]) < with_phase_sums(5e-4, v["in.mel"], vocoder.dims)
 
 
 # ------------------------------------------------------- voice tokens to samples
@@ -122,7 +137,9 @@ def voice(golden_dir: Path) -> tuple[Flow, HiftVocoder, Tensors, list[dict[str, 
     """Flow and vocoder of this folder, the vectors of the whole way, and what each call of the reference was given."""
     files = Case(golden_dir, "tts_stream")
     flow_files, hift_files = Case(golden_dir, "flow"), Case(golden_dir, "hift")
-    flow, vocoder = Flow(flow_dims(flow_files.config)).eval(), HiftVocoder(golden_dims(hift_files.config)).eval()
+    overlap = files.facts.get("mel_cache_len", HiftDims().overlap_frames)
+    flow = Flow(flow_dims(flow_files.config)).eval()
+    vocoder = HiftVocoder(golden_dims(hift_files.config, overlap)).eval()
     flow.load_state_dict(flow_files.weights(), strict=True)
     vocoder.load_state_dict(hift_files.weights(), strict=True)
     return flow, vocoder, files.vectors(), files.facts["calls"]
@@ -136,7 +153,7 @@ def test_voice_tokens_to_samples_at_once_equal_the_reference(
     prompt = v["in.prompt_token"], v["in.prompt_feat"].transpose(1, 2)
     mel = flow(v["in.token"], v["in.embedding"], *prompt, is_streaming=False)
     wave, _ = vocoder(mel, v["nonstream.rand.noise_raw"])
-    assert max_error(wave, v["nonstream.out.wav"]) < 1e-3
+    assert max_error(wave, v["nonstream.out.wav"]) < with_phase_sums(1e-3, mel, vocoder.dims)
 
 
 @torch.inference_mode()
@@ -154,8 +171,9 @@ def test_voice_tokens_to_samples_call_by_call_equal_the_reference(
         new = mel[..., call["token_offset"] * flow.dims.frames_per_token :]
         pieces.append(vocoder.push(new, state, is_final, v[f"call{index}.rand.noise_raw"]))
         assert pieces[-1].shape[1] == call["wav_len"]
-        assert max_error(pieces[-1], v[f"call{index}.out.wav"]) < 1e-3, f"call {index}"
-    assert max_error(torch.cat(pieces, dim=1), v["out.wav"]) < 1e-3
+        bound = with_phase_sums(1e-3, new, vocoder.dims)
+        assert max_error(pieces[-1], v[f"call{index}.out.wav"]) < bound, f"call {index}"
+    assert max_error(torch.cat(pieces, dim=1), v["out.wav"]) < with_phase_sums(1e-3, mel, vocoder.dims)
 
 
 @torch.inference_mode()
@@ -208,6 +226,16 @@ def test_speaker_fbank_equals_the_reference(mels: Tensors) -> None:
     for name in scenarios(mels, "campplus_fbank_"):
         made = campplus_fbank(mels[name.replace("campplus_fbank", "whisper128") + ".in.wav"])
         assert max_error(made, mels[f"{name}.out"]) < 2e-3, name
+
+
+def test_dilations_are_one_row_for_all_blocks_or_one_for_each() -> None:
+    one = HiftDims()
+    each = HiftDims.from_dict({"resblock_dilation_sizes": [[1, 3, 5]] * 3})
+    assert one.stage_blocks() == each.stage_blocks() == [(3, (1, 3, 5)), (7, (1, 3, 5)), (11, (1, 3, 5))]
+    other = HiftDims.from_dict({"source_resblock_dilation_sizes": [[1], [2, 4], [3]]})
+    assert other.source_blocks() == [(7, (1,)), (7, (2, 4)), (11, (3,))]
+    with pytest.raises(ValueError, match="one row for each of kernels"):
+        HiftDims.from_dict({"resblock_dilation_sizes": [[1, 3], [1, 3]]}).stage_blocks()
 
 
 def test_unknown_kind_is_refused_by_name() -> None:

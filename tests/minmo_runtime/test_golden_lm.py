@@ -1,11 +1,13 @@
 """The voice LM and its sampling against numbers made by the public reference code (random weights, small sizes).
 
 The reference's oddities are reproduced here behind switches that service leaves off (interleave.InterleaveRules):
-the last voice row fed twice after a fill, any stop id ending a one-shot turn, a fill taken before its place.
+the last input fed twice after a fill, 15 voice tokens without new text behind a prompt of whole blocks, any stop id
+ending a one-shot turn, a fill taken before its place.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -109,9 +111,15 @@ def test_one_forward_over_all_rows_is_the_references(lm: VoiceLm, io: Tensors) -
 
 
 def test_interleaved_decode_is_the_references_with_its_oddity_switched_on(lm: VoiceLm, io: Tensors) -> None:
-    """The repeated voice row before the final text is reproduced here and off in service: training has no such row."""
+    """The repeated input before the final text is reproduced here and off in service: training has no such row."""
     # The reference has no cap in its last phase.
-    rules = lm.dims.rules(accept_early_fill=True, repeat_last_row=True, ban_other_stops=False, max_voice_extra=1000)
+    rules = lm.dims.rules(
+        accept_early_fill=True,
+        repeat_last_input=True,
+        continue_whole_prompt=True,
+        ban_other_stops=False,
+        max_voice_extra=1000,
+    )
     for name in scenarios(io, "bistream"):
         v = scenario(io, name)
         turn, fed, logits = decode(lm, rules, v)
@@ -185,3 +193,35 @@ def test_rules_name_the_three_stop_ids(case: Case) -> None:
     config = case.config
     rules = InterleaveRules(config["speech_token_size"])
     assert [rules.end_id, rules.unused_id, rules.fill_id] == config["stop_token_ids"]
+
+
+def fed_rows(
+    rules: InterleaveRules, num_text: int, drawn: list[int], prompt_voice: list[int] | None = None
+) -> list[str]:
+    """The rows of every pass, as in the facts of the vectors (`S`, `t0`, `T`, `s7`), for ids drawn in this order."""
+    turn, passes = VoiceTurn(rules, prompt_voice=prompt_voice or ()), []
+    turn.push_text(num_text)
+    turn.finish_text()
+    names = {RowKind.START: "S", RowKind.TURN_OF_SPEECH: "T", RowKind.TEXT: "t", RowKind.VOICE: "s"}
+    while rows := turn.next_rows():
+        passes.append(" ".join(names[row.kind] + (str(row.index) if names[row.kind].islower() else "") for row in rows))
+        turn.accept(drawn[len(passes) - 1])
+    return passes
+
+
+def test_a_fill_straight_behind_text_makes_the_reference_feed_that_text_twice() -> None:
+    """Seen in sets whose model draws *fill* at once; service feeds each row once."""
+    rules = InterleaveRules(10, num_text=2, num_voice=3, accept_early_fill=True)
+    drawn = [rules.fill_id, 4, rules.end_id]
+    assert fed_rows(rules, 3, drawn) == ["S t0 t1", "t2 T", "s4"]
+    as_reference = replace(rules, repeat_last_input=True)
+    assert fed_rows(as_reference, 3, drawn) == ["S t0 t1", "S t0 t1 t2 T", "s4"]
+    assert fed_rows(as_reference, 5, [1, 12, 12, 4, 10]) == ["S t0 t1", "s1", "t2 t3", "t2 t3 t4 T", "s4"]
+
+
+def test_behind_a_prompt_of_whole_blocks_text_follows_and_in_the_reference_voice_does() -> None:
+    rules = InterleaveRules(10, num_text=2, num_voice=3)
+    drawn, prompt = [4, 5, 6, 7, rules.end_id], [1, 2, 3]
+    assert fed_rows(rules, 5, drawn, prompt)[0] == "S t0 t1 s1 s2 s3 t2 t3"
+    as_reference = replace(rules, continue_whole_prompt=True)
+    assert fed_rows(as_reference, 5, drawn, prompt)[:4] == ["S t0 t1 s1 s2 s3", "s4", "s5", "s6 t2 t3"]
