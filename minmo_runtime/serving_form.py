@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from minmo_runtime.model.backbone import Backbone
+from minmo_runtime.model.hift import HiftVocoder
+from minmo_runtime.model.hift_serving import pack_blocks
 from minmo_runtime.model.linear_forms import Fp8Linear, PackedLinear, by_columns, can_pack, replace_linears
 from minmo_runtime.model.voice_lm import VoiceLm
 from minmo_runtime.quantise import int8_linears
@@ -30,6 +32,8 @@ def to_serving_form(part: str, module: nn.Module, weights: str = "as_stored") ->
             module.llm_decoder.weight.data = by_columns(module.llm_decoder.weight.data)
     elif part in ("encoder", "flow") and is_packable:
         replace_linears(module, PackedLinear, _FEWEST_PACKED)
+    elif isinstance(module, HiftVocoder) and is_packable:
+        pack_blocks(module)
     return module
 
 

@@ -133,6 +133,7 @@ def _run(model: Flow, state: Any, cache: Any) -> None:
 def hift_rows(table: Mapping[str, Any], repeats: int) -> list[Row]:
     model = random_module("vocoder", table, _CPU, torch.float32)
     assert isinstance(model, HiftVocoder)
+    to_serving_form("vocoder", model)
     mel = torch.randn(1, model.dims.in_channels, 50) - 5
     with torch.inference_mode():
         ours = milliseconds(lambda: model.push(mel, model.new_state(), is_final=True), repeats)

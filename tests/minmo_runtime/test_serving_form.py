@@ -10,6 +10,7 @@ from torch import nn
 
 from minmo_runtime.model.backbone import Backbone
 from minmo_runtime.model.dims import BackboneDims
+from minmo_runtime.model.hift import HiftDims, HiftVocoder, ResBlock
 from minmo_runtime.model.linear_forms import (
     Fp8Linear,
     PackedLinear,
@@ -116,6 +117,21 @@ def test_eight_bit_products_are_those_of_the_rounded_numbers() -> None:
     (weight, weight_scale), (rounded, scale) = scaled_fp8(layer.weight), scaled_fp8(x)
     wanted = nn.functional.linear(rounded.float() * scale, weight.float() * weight_scale, layer.bias)
     torch.testing.assert_close(Fp8Linear(layer.weight, layer.bias)(x), wanted, atol=1e-5, rtol=1e-5)
+
+
+@needs_packed
+@torch.inference_mode()
+def test_the_vocoder_s_packed_blocks_make_the_same_sound() -> None:
+    torch.manual_seed(0)
+    dims = HiftDims(base_channels=32, f0_cond_channels=16, resblock_kernel_sizes=(3, 7))
+    plain = HiftVocoder(dims).eval().requires_grad_(False).fold_weight_norm()
+    packed = copy.deepcopy(plain)
+    for _ in range(2):  # the second time changes nothing
+        to_serving_form("vocoder", packed)
+    mel = torch.randn(2, 80, 20)
+    noise = plain.noise(0, mel)
+    torch.testing.assert_close(packed(mel, noise)[0], plain(mel, noise)[0], atol=1e-5, rtol=0)
+    assert not any(isinstance(module, ResBlock) for module in packed.modules())
 
 
 @torch.inference_mode()
