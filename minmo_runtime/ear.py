@@ -203,6 +203,10 @@ class Ear:
         running = [s.text for s in self.segments if s.is_overlap == overlap and s.text and not s.is_discarded]
         return " ".join([*done, *running])
 
+    def running_text(self) -> str:
+        """Of the user turn, what the segments say that are still being encoded."""
+        return " ".join(s.text for s in self.segments if not s.is_overlap and s.text and not s.is_discarded)
+
     def audio_so_far(self) -> list[AudioVector]:
         """What a reply would answer now, as the LLM reads it: overlap first, then the user turn, including segments
         still being encoded. Empty where words stand for it."""

@@ -204,8 +204,7 @@ class Stream:
         """Transitions that need no model: the user turn is fully heard → its text goes into the context."""
         if not self.replies and self.drafting.is_stale:
             self.drop_draft()
-            if self.ear.hears_audio:
-                self.expect_user_turn()  # what the draft had read of the turn stays in the cache
+            self.expect_user_turn(self.ear.running_text())  # what the draft had read of the turn stays in the cache
         reply = self.head
         if reply is not None and reply.phase is ReplyPhase.TOOL and not reply.is_draft:
             self._let_a_say_pass()
@@ -319,6 +318,8 @@ class Stream:
             self._add_spoken(plain(heard_text))
         reply.phase = ReplyPhase.DONE
         self.conversation.retarget()
+        if truncation.reason == "false_end":
+            self.expect_user_turn(self.ear.running_text())  # what was read of the turn stays in the cache
         self.emit(
             ReplyTruncated(
                 call_id=self.call_id, turn_id=reply.turn_id, heard_text=heard_text, generated_text=reply.text
