@@ -2,10 +2,10 @@
 
 Two parts, both fed with exactly what was sent (ducked, paused and flushed as it was). The *canceller* (libspeexdsp,
 telephony/speexdsp.py) subtracts the echo; it needs some seconds of our voice to learn the line, which the notice at
-the start of a call gives it. The *gate* decides whether a frame is only echo: before the canceller has learned, because
-the frame correlates with what was sent over the last `echo_max_delay_ms`; afterwards, because what is left lies well
-below the echo that was taken out. Under double talk both tests fail and the frame counts as the caller's. Echo
-distorted by a speakerphone is only partly handled. Walk: hop 2.
+the start of a call gives it. The *gate* decides whether a frame is only echo: because what is left lies well below the echo that was taken out, or
+because the last 120 ms correlate with what was sent within `echo_max_delay_ms`. How much likeness is asked for follows
+what the canceller achieves: little before it has learned the line, much afterwards. Under double talk both tests fail
+and the frame counts as the caller's. Echo distorted by a speakerphone is only partly handled. Walk: hop 2.
 """
 
 from __future__ import annotations
@@ -16,9 +16,15 @@ from telephony.config import TelephonyConfig
 from telephony.speexdsp import SpeexEchoCanceller, SpeexMissing
 from telephony.wire_metrics import dbov
 
-_WINDOW_MS = 40  # compared at once: two frames, long enough that two voices seldom look alike
-_MIN_CORRELATION = 0.75
-_MIN_RETURN_LOSS_DB = 3.0  # an echo is at least so much weaker than its source (ITU-T G.122 asks far more of a line)
+# Compared at once, after pre-emphasis (voices differ least in their bass). Measured on lines of 20-400 ms with 10 ms of
+# dispersion, over G.711: 95 % of the echo's windows correlate by 0.5 and more, 1 % of another speaker's by 0.5.
+_WINDOW_MS = 120
+_PRE_EMPHASIS = 0.95
+MIN_CORRELATION = 0.48
+_SURE_CORRELATION = 0.65
+_LEARNT_DB = 9.0
+_FOLLOW = 0.03  # of each such frame: about 0.7 s
+_MAX_GAIN_DB = 3.0  # an echo is seldom louder than its source (ITU-T G.122 asks of a line that it be far weaker)
 _SILENT_DBOV = -60.0
 _RESIDUAL_MARGIN_DB = 6.0  # the caller is louder than this much below the echo estimate; a learned line leaves 15-30 dB
 _TAIL_AFTER_DELAY_MS = 64  # the line's own dispersion after its longest delay
@@ -33,6 +39,7 @@ class LineEcho:
         self._tail_bytes = 2 * config.sample_rate_hz * tail_ms // 1000
         self._canceller = _canceller(config, self._tail_bytes // 2)
         self._silent_bytes = self._tail_bytes  # sent so far without a sound
+        self._enhancement_db = 0.0  # how much quieter the canceller makes what is surely echo (ERLE, ITU-T G.168)
 
     @property
     def is_cancelling(self) -> bool:
@@ -46,10 +53,19 @@ class LineEcho:
         """
         self._silent_bytes = 0 if any(sent) else min(self._tail_bytes, self._silent_bytes + len(sent))
         if self._canceller is None or self._silent_bytes >= self._tail_bytes:
-            return received, self._gate.push(received, sent)
+            return received, self._gate.push(received, sent) >= MIN_CORRELATION
         cleaned = self._canceller.cancel(received, sent)
-        is_echo = _is_residual(received, cleaned)
-        return cleaned, self._gate.push(received, sent, is_asked=not is_echo) or is_echo
+        is_residual = _is_residual(received, cleaned)
+        correlation = self._gate.push(received, sent, is_asked=not is_residual)
+        if is_residual or correlation >= _SURE_CORRELATION:
+            self._follow(received, cleaned)
+        is_learnt = self._enhancement_db >= _LEARNT_DB
+        return cleaned, is_residual or correlation >= (_SURE_CORRELATION if is_learnt else MIN_CORRELATION)
+
+    def _follow(self, received: bytes, cleaned: bytes) -> None:
+        """A canceller that has learned the line is trusted: what it leaves is the caller's, unless it surely is not."""
+        before, after = (_level_dbov(np.frombuffer(pcm, "<i2").astype(np.float32)) for pcm in (received, cleaned))
+        self._enhancement_db += _FOLLOW * (before - max(after, _SILENT_DBOV) - self._enhancement_db)
 
 
 def _canceller(config: TelephonyConfig, tail_samples: int) -> SpeexEchoCanceller | None:
@@ -85,36 +101,43 @@ class EchoGate:
         self._window = rate * _WINDOW_MS // 1000
         self._max_delay = rate * config.echo_max_delay_ms // 1000
         self._fft_size = 1 << (2 * self._window + self._max_delay - 1).bit_length()
-        self._sent = np.zeros(self._window + self._max_delay, np.float32)
+        self._sent = np.zeros(self._window + self._max_delay, np.float32)  # both after pre-emphasis
         self._received = np.zeros(self._window, np.float32)
+        self._last_sent = self._last_received = np.float32(0)
 
-    def push(self, received: bytes, sent: bytes, *, is_asked: bool = True) -> bool:
-        """True when the received samples are explained by our own voice. Not `is_asked`: only remembered (cheap)."""
+    def push(self, received: bytes, sent: bytes, *, is_asked: bool = True) -> float:
+        """How well our own voice explains the received samples, 0-1. Not `is_asked`: only remembered (cheap)."""
         if not self._max_delay:
-            return False
-        self._sent = _shift_in(self._sent, sent)
-        self._received = _shift_in(self._received, received)
-        if not is_asked:
-            return False
-        level = _level_dbov(self._received)
-        if level < _SILENT_DBOV:
-            return False
-        sent_level = dbov(float(np.max(_window_power(self._sent, self._window))))
-        if sent_level < _SILENT_DBOV or level > sent_level - _MIN_RETURN_LOSS_DB:
-            return False
-        return self._correlation() >= _MIN_CORRELATION
+            return 0.0
+        new_sent, new_received = (np.frombuffer(pcm, "<i2").astype(np.float32) for pcm in (sent, received))
+        self._sent = _shift_in(self._sent, _emphasised(new_sent, self._last_sent))
+        self._received = _shift_in(self._received, _emphasised(new_received, self._last_received))
+        self._last_sent, self._last_received = new_sent[-1], new_received[-1]
+        if not is_asked or _level_dbov(new_received) < _SILENT_DBOV:
+            return 0.0
+        power = _window_power(self._sent, self._window)[: self._max_delay + 1]  # by delay, from the longest
+        loudest = float(np.max(power))
+        if loudest < 1.0 or _level_dbov(self._received) > dbov(loudest) + _MAX_GAIN_DB:
+            return 0.0
+        return self._correlation(power)
 
-    def _correlation(self) -> float:
+    def _correlation(self, power: np.ndarray) -> float:
         """Highest normalised correlation of the received window with any delay of what was sent."""
         spectrum = np.fft.rfft(self._sent, self._fft_size) * np.conj(np.fft.rfft(self._received, self._fft_size))
-        products = np.fft.irfft(spectrum, self._fft_size)[: self._max_delay + 1]  # [delay, counted from the oldest]
-        energy = _window_power(self._sent, self._window)[: self._max_delay + 1] * self._window
-        scale = np.sqrt(np.maximum(energy, 1.0) * max(float(np.sum(self._received**2)), 1.0))
+        products = np.fft.irfft(spectrum, self._fft_size)[: self._max_delay + 1]
+        scale = np.sqrt(np.maximum(power, 1.0) * self._window * max(float(self._received @ self._received), 1.0))
         return float(np.max(np.abs(products) / scale))
 
 
-def _shift_in(history: np.ndarray, pcm: bytes) -> np.ndarray:
-    new = np.frombuffer(pcm, "<i2").astype(np.float32)
+def _emphasised(samples: np.ndarray, before: np.float32) -> np.ndarray:
+    """Pre-emphasis, first order; `before` is the sample before the first."""
+    emphasised = samples.copy()
+    emphasised[1:] -= _PRE_EMPHASIS * samples[:-1]
+    emphasised[0] -= _PRE_EMPHASIS * before
+    return emphasised
+
+
+def _shift_in(history: np.ndarray, new: np.ndarray) -> np.ndarray:
     shifted: np.ndarray = np.concatenate([history, new])[-len(history) :]
     return shifted
 

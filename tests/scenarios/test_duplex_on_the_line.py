@@ -62,7 +62,7 @@ def telling_a_story(scene: Scene) -> Scene:
 
 
 @pytest.mark.parametrize(
-    ("delay_ms", "gain", "max_ducks"), [(40, 0.5, 0), (380, 0.35, 1)]
+    ("delay_ms", "gain", "max_ducks"), [(40, 0.5, 0), (80, 1.0, 1), (380, 0.35, 1)]
 )  # a late echo is learnt later
 def test_our_own_echo_never_stops_the_agent(delay_ms: int, gain: float, max_ducks: int) -> None:
     scene = telling_a_story(OnALineWithEcho(STORY, delay_ms=delay_ms, gain=gain))

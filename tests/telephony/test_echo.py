@@ -10,6 +10,8 @@ import pytest
 
 from agent import doctor
 from agent.config import Config
+from agent.floor import TurnTakingConfig
+from agent.lab import rtp
 from telephony.clips import read_clip
 from telephony.config import TelephonyConfig
 from telephony.echo import LineEcho
@@ -61,6 +63,10 @@ def echo_of(sent: np.ndarray, delay_ms: int, return_loss_db: float) -> np.ndarra
     return delayed + rng.standard_normal(len(sent)) * 10
 
 
+def over_g711(samples: np.ndarray) -> np.ndarray:
+    return rtp.DECODE[rtp.PCMU][np.frombuffer(rtp.encode(rtp.PCMU, samples), np.uint8)].astype(float)
+
+
 def pcm(samples: np.ndarray) -> bytes:
     return np.clip(np.rint(samples), -32768, 32767).astype("<i2").tobytes()
 
@@ -90,6 +96,45 @@ def test_after_a_notice_the_echo_is_at_least_12_db_quieter_and_never_voiced(dela
     learnt = LEARNT_S * RATE
     assert level_db(received[learnt:]) - level_db(cleaned[learnt:]) >= 12
     assert sum(voiced for _, voiced in heard[learnt // FRAME :]) <= 15  # 0.3 s
+
+
+def longest(voiced: list[bool]) -> float:
+    """Seconds of the longest voiced stretch."""
+    best = run = 0
+    for is_voiced in voiced:
+        run = run + 1 if is_voiced else 0
+        best = max(best, run)
+    return best * FRAME / RATE
+
+
+@needs_speex
+@pytest.mark.parametrize(
+    ("delay_ms", "return_loss_db"),
+    [(80, 0), (20, 6), (80, 6), (80, 30), (160, 12), (250, 6), (250, 20), (400, 6), (400, 30)],
+)
+def test_an_echo_is_never_voiced_as_long_as_it_takes_to_stop_us_not_even_before_the_line_is_learnt(
+    delay_ms, return_loss_db
+):
+    sent = agent_voice()
+    received = over_g711(echo_of(sent, delay_ms, return_loss_db))
+    audio = CallerAudio(CONFIG)
+    voiced = [audio.listen(*frame)[1] for frame in frames(received, sent)]
+    assert longest(voiced) < TurnTakingConfig().burst_voiced_s
+    assert sum(voiced) * FRAME / RATE < 0.75  # of 13.7 s
+
+
+@needs_speex
+@pytest.mark.parametrize(("delay_ms", "return_loss_db"), [(20, 6), (160, 12), (400, 12)])
+@pytest.mark.parametrize("at_s", [1, 9])
+def test_a_caller_over_an_echo_is_voiced_within_a_fifth_of_a_second_learnt_or_not(delay_ms, return_loss_db, at_s):
+    sent, voice, at = agent_voice(), caller_voice() * 0.6, at_s * RATE
+    received = echo_of(sent, delay_ms, return_loss_db)
+    end = min(len(received), at + len(voice))
+    received[at:end] += voice[: end - at]
+    audio = CallerAudio(CONFIG)
+    voiced = [audio.listen(*frame)[1] for frame in frames(over_g711(received), sent)]
+    over = voiced[at // FRAME : end // FRAME]
+    assert 20 * over.index(True) <= 200 and np.mean(over) > 0.5
 
 
 @needs_speex
