@@ -32,7 +32,7 @@ from agent.caller_side import CallerSide
 from agent.escalation import Escalation
 from agent.events import CallAction, CallEvent
 from agent.keypad import Keypad, Outcome
-from agent.metrics import Drafts, WireTimes
+from agent.metrics import EngineCounts, WireTimes
 from agent.playout_book import PlayoutBook
 from agent.runtime_side import RuntimeSide
 from agent.tools.catalogue import RECORDING_TOOLS, CallFrame
@@ -60,7 +60,7 @@ class Call:
             setup, self.context, self.runtime, self.transcript, self.caller, self.book, self.turns.may_duck
         )
         self.wire = WireTimes(setup.sample_rate_hz)
-        self.drafts = Drafts()
+        self.engine = EngineCounts()
         self.keypad = Keypad(setup.order_digits, setup.digit_timeout_s)
         self.escalation = Escalation(self.context, setup.policy, setup.facts, setup.min_confidence)
         frame = CallFrame(setup.order_digits, setup.facts.started_at.weekday())
@@ -115,7 +115,9 @@ class Call:
             case api.ReplyTruncated():
                 self.agent.on_truncated(event)
             case api.DraftEnded():
-                self.drafts.ended(event)
+                self.engine.draft_ended(event)
+            case api.JobOverran():
+                self.engine.job_overran(event)
             case api.ToolCallRequested() if event.turn_id in self.agent.purposes:
                 self._carry(self.desk.request(event))
             case api.StreamFailed():
@@ -207,7 +209,7 @@ class Call:
         elif cause == event.cause and event.by == "network":
             self._disposition = "failed"
         self.runtime.close()
-        self.context.keep_figures(self.drafts.figures())
+        self.context.keep_figures(self.engine.figures())
         fields = {"disposition": self._disposition, "cause": cause, "ended_by": event.by}
         self.context.keep("close_call", **fields, end_sample=self.context.sample)
         self.context.add(own.EndCall())

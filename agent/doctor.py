@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agent.checkpoint import checkpoint_facts, checkpoint_folder
 from agent.config import Config
@@ -26,6 +26,9 @@ from minmo_runtime.profiles import Files, models_folder, sources_of
 from policies.engine import PolicyEngine
 from policies.facts import CheckpointFacts
 from telephony import speexdsp
+
+if TYPE_CHECKING:
+    from minmo_runtime.weights import Checkpoint
 
 BRIDGE_REASONS = {
     "in": "no trained input projector: the encoder's CTC text becomes the caller's turn",
@@ -165,6 +168,21 @@ def _model(config: Config) -> Iterator[Finding]:
     yield Finding("checkpoint", state, f"{checkpoint.label} ({size_mib:.1f} MiB in memory): {parts}")
     for warning in checkpoint.warnings:
         yield Finding("checkpoint note", State.WARNING, warning)
+    yield _capacity(checkpoint, config)
+
+
+def _capacity(checkpoint: Checkpoint, config: Config) -> Finding:
+    """What the engine will let in; measured now, if it never was on this device."""
+    from minmo_runtime.capacity import capacity_of  # here: torch
+    from minmo_runtime.engine import Engine
+
+    device = config.runtime.device
+    if device == "cuda" and not importlib.import_module("torch").cuda.is_available():
+        return Finding("calls", State.FAULT, "runtime.device = 'cuda': there is none here")
+    found = capacity_of(Engine(checkpoint, config.runtime))
+    is_held = found.costs is None or found.costs.calls_held(1) == 1
+    text = f"{found}; runtime.max_streams = {config.runtime.max_streams}"
+    return Finding("calls", State.OK if is_held else State.WARNING, text if is_held else f"not in real time: {text}")
 
 
 def _sources(contents: dict[str, Any], files: Files) -> Iterator[Finding]:

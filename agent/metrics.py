@@ -4,15 +4,16 @@ All positions are samples of the leg's clock, which counts both directions alike
 timers are never asked. Figures (milliseconds): `first_word_ms` ACK -> first agent sound; `voice_to_voice_ms` end
 of the caller's speech -> first sound of the answer; `duck_ms` caller's onset -> agent 12 dB quieter; `stop_ms`
 caller's onset -> agent's last sound, for a turn that was cut; `pause_ms` the same for one that was resumed.
-Definitions: docs/evaluation.md. Replies drafted ahead are counted beside them (`Drafts`). Pure.
+Definitions: docs/evaluation.md. Beside them stands what the runtime counts of its own work (`EngineCounts`). Pure.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from minmo_runtime.api import DraftEnded
+from minmo_runtime.api import DraftEnded, JobOverran
 from telephony.leg import WireMetric
 
 Figure = dict[str, Any]  # arguments of CallStore.add_metric
@@ -114,24 +115,28 @@ class WireTimes:
 
 
 @dataclass
-class Drafts:
-    """Replies that the runtime wrote ahead of the decision to speak: how many, and what became of them."""
+class EngineCounts:
+    """What the runtime tells of its own work for this call: replies written ahead of the decision to speak, and jobs
+    that took longer than they should."""
 
-    num_committed: int = 0
-    num_discarded: int = 0
+    drafts: Counter[str] = field(default_factory=Counter)  # outcome -> how many
+    num_long_jobs: int = 0
+    longest_ms: dict[str, float] = field(default_factory=dict)  # part -> its longest job, of those that were too long
 
-    def ended(self, event: DraftEnded) -> None:
-        if event.outcome == "committed":
-            self.num_committed += 1
-        else:
-            self.num_discarded += 1
+    def draft_ended(self, event: DraftEnded) -> None:
+        self.drafts[event.outcome] += 1
+
+    def job_overran(self, event: JobOverran) -> None:
+        self.num_long_jobs += 1
+        self.longest_ms[event.part] = max(event.milliseconds, self.longest_ms.get(event.part, 0.0))
 
     def figures(self) -> list[Figure]:
         """Of the whole call; told by the runtime, not by the wire."""
-        num_drafted = self.num_committed + self.num_discarded
-        counts = (
-            ("drafted", num_drafted),
-            ("drafts_committed", self.num_committed),
-            ("drafts_discarded", self.num_discarded),
-        )
-        return [{"turn_id": "", "name": name, "value": value, "source": "runtime"} for name, value in counts]
+        values = {
+            "drafted": self.drafts.total(),
+            "drafts_committed": self.drafts["committed"],
+            "drafts_discarded": self.drafts["discarded"],
+            "long_jobs": self.num_long_jobs,
+            **{f"longest_{part}_ms": value for part, value in sorted(self.longest_ms.items())},
+        }
+        return [{"turn_id": "", "name": name, "value": value, "source": "runtime"} for name, value in values.items()]

@@ -167,6 +167,15 @@ class DraftEnded(Message, frozen=True):
     num_text_tokens: int = 0
 
 
+class JobOverran(Message, frozen=True):
+    """A job that this call shared took longer than `runtime.max_job_ms`; everything else waited. `part` is its kind
+    (encode, prefill, decode, voice, flow, vocode, ...).
+    """
+
+    part: str
+    milliseconds: float
+
+
 class ReplyFinished(Message, frozen=True):
     """All text and audio of the turn were delivered. `num_samples` is the total at the output rate."""
 
@@ -202,6 +211,7 @@ RuntimeEvent = (
     | AudioDelta
     | ToolCallRequested
     | DraftEnded
+    | JobOverran
     | ReplyFinished
     | ReplyTruncated
     | StreamFailed

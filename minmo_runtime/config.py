@@ -17,7 +17,11 @@ class RuntimeConfig:
     """Where the parents' public files lie; empty = $MINMO_MODELS, else ~/.cache/minmo/models."""
 
     max_streams: int = 4
-    """Calls held at once; the next one is refused (RuntimeOverloaded)."""
+    """Calls there is memory for at once; the next one is refused (RuntimeOverloaded)."""
+
+    capacity_calls: int = 0
+    """Calls this device holds in real time, where less than max_streams; the next one is refused. 0 = measured once at
+    the engine's start, and kept in ~/.cache/minmo/capacity.json by device, settings and weights."""
 
     max_context_tokens: int = 1536
     """Text positions kept per call, prompt and history together; the oldest turns are dropped beyond it."""
@@ -35,7 +39,8 @@ class RuntimeConfig:
     """Caller audio waiting to be encoded; beyond it the oldest is dropped and the stream says so in its statistics."""
 
     max_job_ms: float = 25.0
-    """No job runs longer without yielding to the next choice of the scheduler."""
+    """A job should take no longer, for everything else waits meanwhile. No pass of a module can be cut short: a longer
+    one is named in the log with its part, and counted for the calls in it."""
 
     prefill_chunk_tokens: int = 48
     """Most text positions of one prefill job."""
@@ -86,6 +91,7 @@ class RuntimeConfig:
     def __post_init__(self) -> None:
         allowed: tuple[tuple[str, float, float], ...] = (
             ("max_streams", 1, 256),
+            ("capacity_calls", 0, 256),
             ("max_context_tokens", 64, 131_072),
             ("max_reply_tokens", 8, 4096),
             ("max_voice_tokens", 50, 20_000),

@@ -20,6 +20,7 @@ import torch
 from minmo_runtime.api import (
     INPUT_SAMPLE_RATE_HZ,
     CloseStream,
+    JobOverran,
     OpenStream,
     PushAudio,
     RuntimeEvent,
@@ -30,8 +31,10 @@ from minmo_runtime.api import (
     StreamLost,
     StreamOpened,
 )
+from minmo_runtime.capacity import Capacity, capacity_of
 from minmo_runtime.config import RuntimeConfig
 from minmo_runtime.event_queues import EventQueues
+from minmo_runtime.long_jobs import LongJobs
 from minmo_runtime.runner import Runner
 from minmo_runtime.scheduler import Job, JobKind, Scheduler
 from minmo_runtime.stream import Stream
@@ -59,7 +62,8 @@ class Engine:
         self._timer = timer
         # (kind, rows, seconds) of the latest jobs, if a timer was given; what the benches read
         self.job_times: deque[tuple[JobKind, int, float]] = deque(maxlen=100_000)
-        self.num_long_jobs = 0
+        self.long_jobs = LongJobs(config.max_job_ms)
+        self.capacity = Capacity(config.max_streams, "config")  # load_engine asks capacity.py
 
     def receive(self, request: RuntimeRequest, now: float) -> list[RuntimeEvent]:
         """Take one request; raises RuntimeOverloaded, ValueError (already open) or StreamLost (not open)."""
@@ -107,8 +111,13 @@ class Engine:
         return any(stream.replies for stream in self.streams.values())
 
     def _open(self, request: OpenStream) -> StreamOpened:
-        if len(self.streams) >= self.config.max_streams:
-            raise RuntimeOverloaded(f"{len(self.streams)} streams are open, at most {self.config.max_streams}")
+        num_open = len(self.streams)
+        if num_open >= self.config.max_streams:
+            raise RuntimeOverloaded(
+                f"{num_open} calls are open, at most runtime.max_streams = {self.config.max_streams}"
+            )
+        if num_open >= self.capacity.num_calls:
+            raise RuntimeOverloaded(f"{num_open} calls are open; this device holds {self.capacity}")
         stream = Stream(request, self.config, self.checkpoint.rates, self.checkpoint.text_tokenizer)
         stream.slot = self.runner.pool.take(request.call_id)
         stream.needs_hidden = "out" not in self.checkpoint.bridges
@@ -140,7 +149,15 @@ class Engine:
             if self._timer:
                 seconds = self._timer() - begin
                 self.job_times.append((job.kind, len(job.streams), seconds))
-                self.num_long_jobs += seconds * 1000 > self.config.max_job_ms
+                self._watch(job, seconds, now)
+
+    def _watch(self, job: Job, seconds: float, now: float) -> None:
+        """A job that took too long is a figure of every call that shared it."""
+        if self.long_jobs.note(job.kind.value, len(job.streams), seconds, now):
+            for stream in job.streams:
+                stream.emit(
+                    JobOverran(call_id=stream.call_id, part=job.kind.value, milliseconds=round(1000 * seconds, 1))
+                )
 
     def _deliver(self, streams: Iterable[Stream]) -> list[RuntimeEvent]:
         events: list[RuntimeEvent] = []
@@ -156,7 +173,10 @@ def load_engine(folder: Path, config: RuntimeConfig) -> Engine:
     torch.set_num_threads(config.num_threads)
     checkpoint = load_checkpoint(folder, models=config.models_folder)
     _warm_up(Engine(checkpoint, dataclasses.replace(config, max_streams=1, max_voice_tokens=50)))
-    return Engine(checkpoint, config, timer=time.perf_counter)
+    engine = Engine(checkpoint, config, timer=time.perf_counter)
+    engine.capacity = capacity_of(engine)
+    print(f"engine: holds {engine.capacity}", file=sys.stderr)
+    return engine
 
 
 def _warm_up(engine: Engine) -> None:

@@ -106,6 +106,28 @@ async def test_sigterm_lets_the_last_call_end_by_itself_and_refuses_new_ones(
     assert row_of(config)["cause"] == "normal"
 
 
+async def test_a_call_beyond_what_the_engine_holds_gets_503_with_retry_after_and_is_never_answered(
+    config: Config, tmp_path: Path
+) -> None:
+    server = RuntimeServer(FakeRuntime(max_streams=1), tmp_path / ENGINE_SOCKET)
+    await server.start()
+    process = agent_process(config, tmp_path)
+    running = asyncio.create_task(process.run(os.getppid()))
+    leg, late = LoopbackLeg(LEG_ID), LoopbackLeg("leg-2")
+    call = asyncio.create_task(process.reception.guard(leg))
+    leg.ring()
+    await until(lambda: leg.state is tel.LegState.CONFIRMED)
+    late.ring()
+    await asyncio.wait_for(process.reception.guard(late), 5.0)
+    assert late.rejected_with is not None
+    assert late.rejected_with.sip_status == 503 and late.rejected_with.retry_after_s > 0
+    assert leg.state is tel.LegState.CONFIRMED
+    leg.hang_up()
+    process.on_signal()
+    await asyncio.wait_for(asyncio.gather(running, call), 5.0)
+    await server.stop()
+
+
 @pytest.mark.parametrize("answers_bye", [True, False])
 async def test_a_second_sigterm_ends_calls_and_closes_their_rows(
     config: Config, tmp_path: Path, engine: RuntimeServer, answers_bye: bool, monkeypatch: pytest.MonkeyPatch

@@ -9,11 +9,11 @@ import pytest
 from agent.caller_words import CallerWords, count_trailing_digits
 from agent.demo_script import exchanges, judge_exchanges, number_audio
 from agent.keypad import Keypad, Outcome
-from agent.metrics import WireTimes
+from agent.metrics import EngineCounts, WireTimes
 from agent.playout_book import PlayoutBook
 from agent.prompts.lines import LineBook
 from agent.recognise import plain_words, word_error_rate
-from minmo_runtime.api import Caption
+from minmo_runtime.api import Caption, DraftEnded, JobOverran
 from telephony.leg import WireMetric
 
 LOUD = array("h", [8000, -8000] * 1200).tobytes()  # 0.1 s at 24 kHz
@@ -159,6 +159,20 @@ def test_silence_in_an_overlap_is_a_stop_or_a_pause_by_what_is_decided() -> None
 
 
 # --------------------------------------------------------------------- texts, lines
+
+
+def test_the_engines_drafts_and_long_jobs_are_figures_of_the_call() -> None:
+    counts = EngineCounts()
+    for outcome in ("committed", "discarded", "discarded"):
+        counts.draft_ended(DraftEnded(call_id="c", outcome=outcome))
+    for part, milliseconds in (("flow", 31.0), ("encode", 40.0), ("flow", 28.0)):
+        counts.job_overran(JobOverran(call_id="c", part=part, milliseconds=milliseconds))
+    figures = {figure["name"]: figure["value"] for figure in counts.figures()}
+    assert figures == {
+        "drafted": 3, "drafts_committed": 1, "drafts_discarded": 2,
+        "long_jobs": 3, "longest_encode_ms": 40.0, "longest_flow_ms": 31.0,
+    }  # fmt: skip
+    assert {(figure["turn_id"], figure["source"]) for figure in counts.figures()} == {("", "runtime")}
 
 
 def test_numbers_are_compared_digit_by_digit() -> None:

@@ -70,6 +70,7 @@ def test_the_doctor_names_bridges_and_untrained_weights(config_file: Path) -> No
     assert "UNTRAINED" in findings["checkpoint"]["text"]
     assert findings["bridges"]["text"] == "bridges=[in, duplex]"
     assert "CTC text" in findings["bridge in"]["text"]
+    assert "calls in real time (measured: work per second of audio" in findings["calls"]["text"]
     assert findings["campaign acme_orders"]["state"] == "ok"
     assert findings["handoff"]["state"] == "warning"
 
