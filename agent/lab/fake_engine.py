@@ -31,6 +31,8 @@ LINES: dict[str, tuple[FakeLine, ...]] = {
     "backchannel": (LONG, FakeLine(text="mm hm", kind="backchannel")),
     "keypad": (WHERE,),
     "listen": (LONG,),
+    "cough": (LONG, FakeLine(text="", kind="noise")),
+    "television": (LONG, FakeLine(text="", kind="noise")),
     "many": (WHERE, LONG) * 100,
 }
 

@@ -69,6 +69,16 @@ class Voice:
         edges.append(to_s)
         return max(after - before for before, after in zip(edges[::2], edges[1::2], strict=True))
 
+    def longest_gap(self, after_s: float, within_s: float = 8.0) -> float | None:
+        """Longest silence between the stretches that begin in `within_s` from `after_s`; None: there is not even one.
+
+        Nobody says anything meanwhile: a gap that is too long is an answer that the line's own echo or noise broke.
+        """
+        own = [s for s in self.stretches if after_s < s.onset_s]
+        own = [s for s in own if s.onset_s < own[0].onset_s + within_s]
+        gaps = [later.onset_s - earlier.offset_s for earlier, later in zip(own, own[1:], strict=False)]
+        return max(gaps, default=0.0) if own else None
+
     def level(self, from_s: float, to_s: float) -> float:
         """dBov of the loudest 20 ms in between."""
         first, last = (max(0, round((at - self.start_s) * RATE_HZ)) for at in (from_s, to_s))
@@ -105,10 +115,14 @@ def outcome(stimulus: Stimulus, agent: Voice, next_onset_s: float | None) -> dic
     begin, end = stimulus.onset_s, stimulus.offset_s
     result: dict[str, Any] = {"label": stimulus.label, "at_s": round(begin, 3)}
     match stimulus.label:
-        case "turn":
+        case "turn" | "listen":
             answer = agent.next_onset(end)
             is_answered = answer is not None and (next_onset_s is None or answer < next_onset_s)
             result["voice_to_voice_ms"] = _ms(answer - end) if is_answered and answer is not None else None
+            if stimulus.label == "listen":
+                gap = agent.longest_gap(end)
+                result |= {"gap_ms": None if gap is None else _ms(gap), "was_speaking": gap is not None}
+                result["is_false_stop"] = gap is not None and gap > FALSE_STOP_SILENCE_S
         case "pause":
             until = next_onset_s if next_onset_s is not None else end
             onset = agent.next_onset(end)
@@ -118,7 +132,7 @@ def outcome(stimulus: Stimulus, agent: Voice, next_onset_s: float | None) -> dic
             stop = next((s.offset_s for s in agent.stretches if s.onset_s <= begin < s.offset_s), begin)
             result["stop_ms"] = _ms(stop - begin) if stop - begin <= MISSED_STOP_S else None
             result["duck_ms"] = _duck_ms(begin, agent) if result["was_speaking"] else None
-        case "backchannel":
+        case "backchannel" | "noise":
             result["was_speaking"] = agent.is_audible(begin)
             silence = agent.longest_silence(begin, end + 2 * FALSE_STOP_SILENCE_S)
             result |= {"silence_ms": _ms(silence), "is_false_stop": silence > FALSE_STOP_SILENCE_S}
@@ -171,19 +185,26 @@ def summary(calls: list[dict[str, Any]]) -> dict[str, Any]:
     def times(label: str, name: str) -> list[float]:
         return [s[name] for s in found if s["label"] == label and s.get(name) is not None]
 
-    turns = [s for s in found if s["label"] == "turn"]
+    turns = [s for s in found if s["label"] in ("turn", "listen")]
     pauses = [s for s in found if s["label"] == "pause"]
     stops = [s for s in found if s["label"] == "interrupt" and s["was_speaking"]]
-    backchannels = [s for s in found if s["label"] == "backchannel" and s["was_speaking"]]
+    disturbed = {
+        kind: [s for s in found if s["label"] == kind and s["was_speaking"]]
+        for kind in ("backchannel", "noise", "listen")
+    }
+    every = [s for stimuli_of_kind in disturbed.values() for s in stimuli_of_kind]
     return {
         "calls": len(calls),
         "first_word_ms": spread([c["first_word_ms"] for c in calls if c["first_word_ms"] is not None]),
-        "voice_to_voice_ms": spread(times("turn", "voice_to_voice_ms")),
+        "voice_to_voice_ms": spread(times("turn", "voice_to_voice_ms") + times("listen", "voice_to_voice_ms")),
         "unanswered_turns": f"{sum(s['voice_to_voice_ms'] is None for s in turns)}/{len(turns)}",
         "duck_ms": spread(times("interrupt", "duck_ms") + times("backchannel", "duck_ms")),
         "stop_ms": spread([s["stop_ms"] for s in stops if s["stop_ms"] is not None]),
         "missed_stops": f"{sum(s['stop_ms'] is None for s in stops)}/{len(stops)}",
-        "false_stops": f"{sum(s['is_false_stop'] for s in backchannels)}/{len(backchannels)}",
+        "false_stops": f"{sum(s['is_false_stop'] for s in every)}/{len(every)}",
+        "false_stops_by_kind": {
+            kind: f"{sum(s['is_false_stop'] for s in of_kind)}/{len(of_kind)}" for kind, of_kind in disturbed.items()
+        },
         "pauses_taken": f"{sum(s['is_taken'] for s in pauses)}/{len(pauses)}",
     }
 
@@ -193,3 +214,14 @@ def spread(values: list[float]) -> dict[str, Any]:
         return {"p50": None, "p95": None, "n": 0}
     p50, p95 = np.percentile(values, [50, 95])
     return {"p50": round(float(p50)), "p95": round(float(p95)), "n": len(values)}
+
+
+def values_ms(calls: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Every single value behind the summary's percentiles, for pictures."""
+    found: dict[str, list[float]] = {"first_word_ms": [c["first_word_ms"] for c in calls if c["first_word_ms"]]}
+    for name in ("voice_to_voice_ms", "duck_ms", "stop_ms"):
+        found[name] = [
+            s[name] for call in calls for s in call["stimuli"]
+            if s.get(name) is not None and not (name == "duck_ms" and s["label"] == "noise")
+        ]  # fmt: skip
+    return found

@@ -2,6 +2,7 @@
 
     minmo lab                                       every scenario on a clean line, against the agent of this tree
     minmo lab --line mobile --line worst --calls 5  named lines, five calls of each scenario
+    minmo lab --calls 20 --at-once 2 --out lab/     the figures at their n: 20 calls of each scenario, two side by side
     minmo lab --loss 0.03 --burst-ms 80             a line of your own (flags go over the named one)
     minmo lab --target 192.0.2.7:5060 --number 100  any SIP agent or trunk, measured from here
     minmo lab --fake                                the agent with the fake runtime: no model, telephony only
@@ -29,7 +30,7 @@ from agent.config import load_config
 from agent.lab import plot
 from agent.lab.concealment import measure_concealment
 from agent.lab.line import LINE_RANGES, PROFILES, LineProfile
-from agent.lab.measure import measure, summary
+from agent.lab.measure import measure, summary, values_ms
 from agent.lab.relay import Relay
 from agent.lab.scenarios import SCENARIOS, script
 from agent.run_folder import SHIPPED_CHECKPOINT
@@ -87,14 +88,18 @@ async def own_agent(folder: Path, is_fake: bool, scenario: str, checkpoint: Path
 
 async def run_lab(options: argparse.Namespace, lines: list[LineProfile], folder: Path) -> list[dict[str, Any]]:
     async def calls(target: str, scenarios: list[str]) -> list[dict[str, Any]]:
-        done = []
-        for line in lines:
-            for scenario in scenarios:
-                for index in range(options.calls):
-                    call = await one_call(target, options.number, line, scenario, options.seed + index)
-                    print(f"{line.name:12} {scenario:12} {_in_words(call)}", flush=True)
-                    done.append(call)
-        return done
+        room = asyncio.Semaphore(options.at_once)
+
+        async def placed(line: LineProfile, scenario: str, seed: int) -> dict[str, Any]:
+            async with room:
+                call = await one_call(target, options.number, line, scenario, seed)
+            print(f"{line.name:12} {scenario:12} {_in_words(call)}", flush=True)
+            return call
+
+        return await asyncio.gather(*(
+            placed(line, scenario, options.seed + index)
+            for line in lines for scenario in scenarios for index in range(options.calls)
+        ))  # fmt: skip
 
     scenarios = options.scenario or list(SCENARIOS)
     if options.target:
@@ -120,8 +125,10 @@ def _in_words(call: dict[str, Any]) -> str:
 
 
 def keep(result: dict[str, Any], folder: Path) -> None:
-    """result.json and one SVG per call."""
+    """result.json, one SVG per line with all its figures, and one per call."""
     folder.mkdir(parents=True, exist_ok=True)
+    for line in result.get("lines", []):
+        (folder / f"summary-{line['line']}.svg").write_text(plot.figures(line), encoding="utf-8")
     (folder / "result.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
     for index, call in enumerate(result.get("calls", [])):
         name = f"{index:03d}-{call['line']}-{call['scenario']}.svg"
@@ -130,9 +137,9 @@ def keep(result: dict[str, Any], folder: Path) -> None:
 
 def by_line(calls: list[dict[str, Any]], lines: list[LineProfile]) -> list[dict[str, Any]]:
     return [
-        {"line": line.name, "profile": dataclasses.asdict(line),
-         "summary": summary([call for call in calls if call["line"] == line.name])}
+        {"line": line.name, "profile": dataclasses.asdict(line), "summary": summary(own), "values_ms": values_ms(own)}
         for line in lines
+        for own in [[call for call in calls if call["line"] == line.name]]
     ]  # fmt: skip
 
 
@@ -197,13 +204,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--line", action="append", choices=list(PROFILES), help="a named line (again for more)")
     parser.add_argument("--scenario", action="append", choices=list(SCENARIOS), help="default: all")
     parser.add_argument("--calls", type=int, default=1, help="calls of each scenario on each line")
+    parser.add_argument(
+        "--at-once", type=int, default=1, choices=(1, 2), help="calls side by side; one more is still ending"
+    )
     parser.add_argument("--seed", type=int, default=1, help="the same seed: the same numbers, losses and noise")
     parser.add_argument("--target", default="", metavar="HOST:PORT", help="another agent than our own")
     parser.add_argument("--number", default="100", help="dialled number")
     parser.add_argument("--fake", action="store_true", help="our own agent with the fake runtime")
     parser.add_argument("--checkpoint", type=Path, default=SHIPPED_CHECKPOINT)
     parser.add_argument("--concealment", action="store_true", help="no agent: what loss does to speech at our receiver")
-    parser.add_argument("--out", type=Path, help="folder for result.json and one SVG per call")
+    parser.add_argument("--out", type=Path, help="folder for result.json and the SVGs")
     group = parser.add_argument_group("a line of your own")
     for key, (low, high) in LINE_RANGES.items():
         group.add_argument(f"--{key.replace('_', '-')}", type=float, help=f"{low:g} to {high:g}")

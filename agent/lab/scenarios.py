@@ -1,7 +1,8 @@
 """What the lab's caller does: named scripts over committed voices, for the demo line (an orders desk).
 
-Each stimulus carries a label that says what is measured at it: `turn` (an answer is due), `pause` (part of a turn: no
-answer is due yet), `interrupt` (the agent should stop), `backchannel` (it should go on). The clips are the demo
+Each stimulus carries a label that says what is measured at it: `turn` (an answer is due), `listen` (the same, and
+nothing follows that might break it), `pause` (part of a turn: no answer is due yet), `interrupt` (the agent should
+stop), `backchannel` and `noise` (it should go on). The clips are the demo
 caller's (agent/demo_assets), digits and order follow from the seed.
 """
 
@@ -10,6 +11,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+
+import numpy as np
 
 from agent.caller_script import BargeIn, CallerScript, Dtmf, Hangup, Say, Step, Wait, WaitForAgent
 from telephony.clips import read_clip
@@ -68,11 +71,30 @@ def keypad(rng: random.Random) -> tuple[Step, ...]:
 
 def listen(_rng: random.Random) -> tuple[Step, ...]:
     """A question, then silence: echo and noise of the line alone must not stop the answer."""
-    return (Say(clip("what_can_you_do"), "turn"), _PATIENTLY)
+    return (Say(clip("what_can_you_do"), "listen"), _PATIENTLY)
+
+
+def cough(rng: random.Random) -> tuple[Step, ...]:
+    """Two bursts of breath into the agent's longest answer."""
+    after_ms = rng.choice((800, 1200, 1600))
+    noise = np.random.default_rng(rng.randrange(2**31))
+    burst = np.convolve(noise.standard_normal(RATE_HZ // 5), np.ones(3) / 3, "same")
+    burst *= np.exp(-np.arange(len(burst)) / (RATE_HZ * 0.05)) * 9_000
+    twice = np.concatenate([burst, np.zeros(RATE_HZ // 10), burst * 0.7]).astype("<i2").tobytes()
+    return (Say(clip("what_can_you_do"), "turn"), BargeIn(twice, after_ms, "noise"), _ANSWERED)
+
+
+def television(rng: random.Random) -> tuple[Step, ...]:
+    """Somebody else's speech, far away: a sentence played backwards, 18 dB down, into the agent's longest answer."""
+    after_ms = rng.choice((800, 1200, 1600))
+    speech = np.frombuffer(clip(rng.choice(("hours_day", "number_prefix", "goodbye"))), "<i2")[::-1]
+    far = (speech * 10 ** (-18 / 20)).astype("<i2").tobytes()
+    return (Say(clip("what_can_you_do"), "turn"), BargeIn(far, after_ms, "noise"), _ANSWERED)
 
 
 SCENARIOS: dict[str, Callable[[random.Random], tuple[Step, ...]]] = {
-    scenario.__name__: scenario for scenario in (order, pauses, interrupt, backchannel, keypad, listen)
+    scenario.__name__: scenario
+    for scenario in (order, pauses, interrupt, backchannel, keypad, listen, cough, television)
 }
 
 

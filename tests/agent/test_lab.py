@@ -16,7 +16,7 @@ from agent.lab.fake_engine import LINES
 from agent.lab.line import PROFILES, LineProfile, LossyDirection
 from agent.lab.measure import Voice, measure, stimuli, summary
 from agent.lab.relay import EchoPath, Relay
-from agent.lab.run import chosen_lines, listing, main
+from agent.lab.run import by_line, chosen_lines, listing, main
 from agent.lab.scenarios import SCENARIOS, script
 
 RATE = rtp.RATE_HZ
@@ -179,6 +179,16 @@ def test_silence_of_more_than_700_ms_at_a_backchannel_is_a_false_stop():
     assert found["is_false_stop"] and found["silence_ms"] == pytest.approx(900, abs=40)
 
 
+def test_an_answer_that_breaks_off_for_more_than_700_ms_with_nobody_speaking_is_a_false_stop():
+    caller = track(tone((2, 3)))
+    whole = only(measure([said("listen", 2, 3)], caller, track(tone((3.6, 5), (5.4, 7)))))
+    broken = only(measure([said("listen", 2, 3)], caller, track(tone((3.6, 5), (5.9, 7)))))
+    assert not whole["is_false_stop"] and whole["gap_ms"] == pytest.approx(400, abs=30)
+    assert broken["is_false_stop"] and broken["voice_to_voice_ms"] == pytest.approx(600, abs=30)
+    counted = summary([measure([said("listen", 2, 3)], caller, track(tone((3.6, 5), (5.9, 7))))])
+    assert counted["false_stops"] == "1/1" and counted["false_stops_by_kind"]["listen"] == "1/1"
+
+
 def test_an_onset_inside_a_pause_is_a_taken_pause():
     spoken = [said("pause", 2, 3), said("turn", 4, 5)]
     caller = track(tone((2, 3), (4, 5)))
@@ -283,6 +293,23 @@ def test_a_picture_of_a_call_is_well_formed_and_shows_every_stretch():
     call = measure([said("turn", 2, 3)], track(tone((2, 3))), track(tone((3.6, 5))))
     tree = ElementTree.fromstring(plot.timeline(call | {"line": "<worst>", "scenario": "order"}))
     assert len(tree.findall("{*}rect")) == 1 + len(call["caller_s"]) + len(call["agent_s"])
+
+
+def test_a_picture_of_the_figures_has_a_dot_for_every_value_and_a_bar_for_every_count():
+    call = {"line": "clean"} | measure([said("turn", 2, 3)], track(tone((2, 3))), track(tone((3.6, 5))))
+    calls = [call] * 3
+    (line,) = by_line(calls, [LineProfile()])
+    assert line["values_ms"]["voice_to_voice_ms"] == pytest.approx([600] * 3, abs=20)
+    tree = ElementTree.fromstring(plot.figures(line))
+    assert len(tree.findall("{*}circle")) == 6  # first word and answer of each call
+    assert len(tree.findall("{*}rect")) == 1 + 2  # unanswered turns are the one count that has an n
+
+
+@pytest.mark.parametrize("name", ["cough", "television"])
+def test_noises_of_the_lab_are_loud_enough_to_be_found_on_the_wire(name):
+    (noise,) = [step for step in script(name, 3).steps if getattr(step, "label", "") == "noise"]
+    samples = np.frombuffer(noise.pcm, "<i2")
+    assert Voice.of(track(np.concatenate([np.zeros(8000), samples, np.zeros(8000)]))).stretches
 
 
 def test_loss_is_heard_as_distance_and_silence():
