@@ -96,7 +96,7 @@ def run_demo(*, as_json: bool = False, checkpoint: str = "", seed: int | None = 
         if as_json
         else (lambda text="": print(text, flush=True))
     )
-    config = _demo_config(checkpoint)
+    config = demo_config(checkpoint)
     order = _draw_order(config, random.Random(seed))
     outcome = Outcome(order, database=str(_database(config)))
     try:
@@ -109,11 +109,12 @@ def run_demo(*, as_json: bool = False, checkpoint: str = "", seed: int | None = 
     return 1 if outcome.faults else 0
 
 
-def _demo_config(checkpoint: str) -> Config:
+def demo_config(checkpoint: str) -> Config:
+    """Free ports and a database of its own; `checkpoint` as typed, "" = the shipped one."""
     return load_config(
         None,
         {
-            "agent": {"checkpoint": checkpoint, "log_level": "warning"},
+            "agent": {"checkpoint": str(Path(checkpoint).absolute()) if checkpoint else "", "log_level": "warning"},
             "telephony": {"sip_port": 0},
             "web": {"port": 0},
             "storage": {"folder": str(DEMO_FOLDER.absolute())},

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from agent.__main__ import app
+from agent.demo import demo_config
 from minmo_runtime.random_checkpoint import write_random_checkpoint
 from storage.calls import CallStore
 from storage.config import StorageConfig
@@ -101,6 +102,15 @@ def test_a_call_of_the_demo_is_shown_although_it_has_a_database_of_its_own(confi
         assert json.loads(done.output)["call_id"] == "c1"
     done = runner.invoke(app, ["db", "show", "nobody", "--config", str(config_file)])
     assert done.stderr.strip() == "minmo: no call 'nobody'"
+
+
+def test_the_demos_weights_are_found_whichever_folder_it_is_started_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its processes run in the repository, not where `minmo demo --checkpoint weights` was typed."""
+    monkeypatch.chdir(tmp_path)
+    assert demo_config("weights").agent.checkpoint == str(tmp_path / "weights")
+    assert demo_config("").agent.checkpoint == ""
 
 
 def test_an_unknown_stage_is_told_in_one_line(tmp_path: Path) -> None:
