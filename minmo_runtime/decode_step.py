@@ -10,20 +10,15 @@ Legend: B rows of the bucket, S positions of the bucket, D hidden_size, N key/va
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from minmo_runtime.model.backbone import MASKED, Backbone, KvCache
+from minmo_runtime.model.fixed_shapes import ROW_BUCKETS, bucket, captured
 
-ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 FIRST_LENGTH_BUCKET = 256
-
-
-def bucket(value: int, buckets: Sequence[int]) -> int:
-    """The smallest that holds `value`. Example: 5 of (1, 2, 4, 8) is 8."""
-    return next(size for size in buckets if size >= value)
 
 
 def length_buckets(longest: int) -> tuple[int, ...]:
@@ -95,18 +90,3 @@ class DecodeStep:
         graph, hidden = self._graphs[shape]
         graph.replay()
         return hidden
-
-
-def captured(forward: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """A graph of `forward` and the tensor that each replay fills. Run twice before, on a stream of its own: libraries
-    choose their kernels and make their buffers then."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            forward()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        made = forward()
-    return graph, made

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from minmo_runtime.model.backbone import Backbone
+from minmo_runtime.model.flow import Flow
+from minmo_runtime.model.flow_estimator import SelfAttention
 from minmo_runtime.model.hift import HiftVocoder
 from minmo_runtime.model.hift_serving import pack_blocks
-from minmo_runtime.model.linear_forms import Fp8Linear, PackedLinear, by_columns, can_pack, replace_linears
+from minmo_runtime.model.linear_forms import Fp8Linear, PackedLinear, PlainLinear, by_columns, can_pack, replace_linears
 from minmo_runtime.model.voice_lm import VoiceLm
 from minmo_runtime.quantise import int8_linears
 
@@ -30,11 +32,23 @@ def to_serving_form(part: str, module: nn.Module, weights: str = "as_stored") ->
         _language_model(trunk, weights, is_packable and parameter.dtype == torch.bfloat16)
         if isinstance(module, VoiceLm) and parameter.device.type == "cpu":
             module.llm_decoder.weight.data = by_columns(module.llm_decoder.weight.data)
-    elif part in ("encoder", "flow") and is_packable:
+    elif isinstance(module, Flow):
+        _flow(module, is_packable)
+    elif part == "encoder" and is_packable:
         replace_linears(module, PackedLinear, _FEWEST_PACKED)
     elif isinstance(module, HiftVocoder) and is_packable:
         pack_blocks(module)
     return module
+
+
+def _flow(flow: Flow, is_packable: bool) -> None:
+    """Its attention blocks are small and many: one product for query, key and value, if they are large enough."""
+    for block in flow.decoder.estimator.modules():
+        if isinstance(block, SelfAttention) and block.fused is None:
+            is_large = 3 * block.to_q.weight.numel() >= _FEWEST_PACKED
+            block.fuse(PackedLinear if is_packable and is_large else PlainLinear)
+    if is_packable:
+        replace_linears(flow, PackedLinear, _FEWEST_PACKED)
 
 
 def _language_model(trunk: Backbone, weights: str, is_packed: bool) -> None:

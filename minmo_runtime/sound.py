@@ -14,6 +14,7 @@ from torch import Tensor
 from minmo_runtime.config import RuntimeConfig
 from minmo_runtime.decode_step import DecodeStep
 from minmo_runtime.model.backbone import Backbone, KvCache
+from minmo_runtime.model.fixed_shapes import FixedCalls
 from minmo_runtime.model.interleave import Phase
 from minmo_runtime.model.vocoder import push_rows
 from minmo_runtime.model.voice_lm import OneRow
@@ -39,11 +40,15 @@ class Sound:
         length = config.max_voice_tokens + 2 * config.max_reply_tokens + config.max_context_tokens
         self.voice_cache = self.voice_lm.new_cache(config.max_streams + 1, length)  # the last one is the step's spare
         self.one_row = step_of(self.voice_lm.trunk, self.voice_cache, config)
-        self.flow_cache = self.flow.new_cache(config.max_streams, self.flow.dims.window_chunks(config.flow_window_s))
         weight = self.flow.encoder_proj.weight
         self.voice = checkpoint.default_voice().to(device, weight.dtype)
         self.voice_text = checkpoint.voice_text if "out" in checkpoint.bridges else None
         self._take_prompt(checkpoint)
+        window = self.flow.dims.window_chunks(config.flow_window_s)
+        num_slots = config.max_streams + config.has_fixed_shapes  # the last one is the fixed shapes' spare
+        self.flow_cache = self.flow.new_cache(num_slots, window, len(self.prompt_tokens))
+        if config.has_fixed_shapes:
+            self.flow_cache.fixed = FixedCalls(has_graphs=config.device == "cuda")
 
     def _take_prompt(self, checkpoint: Checkpoint) -> None:
         """What every reply continues: the prompt's words, its voice tokens and its mel."""

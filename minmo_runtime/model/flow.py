@@ -9,9 +9,10 @@ of this is data.
 
 `forward` is the offline form. A turn is streamed with a `FlowState`: `push` adds tokens, `step` runs ONE job (encode
 a chunk, or one Euler step of it) and returns mel when a chunk is done, so that the engine can put other work between
-jobs. Both forms agree, because a chunk sees whole chunks only: its own and `left_context_s` before it (-1: all).
-Aligned from the prompt's first token. `step_rows` is `step` for several turns at once, each at its own chunk and its
-own Euler step, with the left context of all of them in one `FlowCache` of a bounded window.
+jobs. Both forms agree, because a chunk sees whole chunks only: its own and `left_context_s` before it (-1: all), and
+of a prompt the first `prompt_context_s`, however long ago. Aligned from the prompt's first token. `step_rows` is `step`
+for several turns at once, each at its own chunk and its own Euler step, with the left context of all of them in one
+`FlowCache` of a bounded window.
 
 Step 9 of the walk. Knows nothing of text, of the vocoder or of calls. Key names are CosyVoice 2's flow.pt.
 Source: CosyVoice `flow/flow.py` (CausalMaskedDiffWithXvec) and `flow_matching.py`, as described in facts/minmo.md 2.2;
@@ -25,7 +26,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +34,8 @@ import torch
 from torch import Tensor, nn
 
 from minmo_runtime.model.dims import Dims
-from minmo_runtime.model.flow_cache import FlowCache, GrowingCache, LeftContext
+from minmo_runtime.model.fixed_shapes import ROW_BUCKETS, bucket
+from minmo_runtime.model.flow_cache import FlowCache, GrowingCache, LeftContext, RingRows
 from minmo_runtime.model.flow_encoder import (
     FlowEncoderDims,
     UpsampleConformerEncoder,
@@ -60,6 +62,7 @@ class FlowDims(Dims):
     mean_weight: float = 0.0
     noise_scale: float = 1.0
     left_context_s: float = -1.0
+    prompt_context_s: float = 4.0  # of a prompt, in reach beyond a bounded left context
     chunk_tokens: int = 0  # 0: the encoder's own static_chunk_size (CosyVoice 2: 25; MinMo: 15)
     encoder: FlowEncoderDims = field(default_factory=FlowEncoderDims)
     estimator: FlowEstimatorDims = field(default_factory=FlowEstimatorDims)
@@ -99,6 +102,11 @@ class FlowDims(Dims):
         """Tokens of one chunk."""
         return self.encoder.static_chunk_size
 
+    def pinned_chunks(self, num_prompt_tokens: int) -> int:
+        """Chunks at a turn's beginning that hold its prompt's speech and stay in reach."""
+        bound = int(self.prompt_context_s * self.token_rate_hz / self.chunk_size)
+        return min(bound, math.ceil(num_prompt_tokens / self.chunk_size))
+
     def window_chunks(self, max_s: float) -> int:
         """Whole chunks of left context in service: what it was trained with, at most `max_s`."""
         bound = int(max_s * self.token_rate_hz / self.chunk_size)
@@ -124,6 +132,7 @@ class FlowState:
     frames_done: int = 0  # mel frames made or in work, prompt included
     frames_to_skip: int = 0  # of the prompt, never handed out
     num_chunks: int = 0  # finished
+    num_pinned: int = 0  # chunks at the beginning that stay in reach: the prompt's
     slot: int = -1  # of the FlowCache; -1: the left context is here
     encoder_cache: GrowingCache = field(default_factory=GrowingCache)
     estimator_caches: list[GrowingCache] = field(default_factory=list)  # one per Euler step
@@ -186,11 +195,13 @@ class Flow(nn.Module):
         lengths: Tensor,
         context: Tensor | None = None,
         is_streaming: bool = True,
+        num_pinned: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """tokens [B, N], look-ahead tokens `context` [B, <= 3] → mu [B, M, 2N] and its padding mask [B, 2N]."""
         embedded = self.input_embedding(tokens) * padding_mask(lengths, tokens.shape[1])[..., None]
         ahead = None if context is None else self.input_embedding(context)
-        hidden, valid = self.encoder(embedded, lengths, ahead, is_streaming, self.dims.num_left_chunks)
+        left = self.dims.num_left_chunks
+        hidden, valid = self.encoder(embedded, lengths, ahead, is_streaming, left + num_pinned if left >= 0 else -1)
         return self.encoder_proj(hidden).transpose(1, 2), valid
 
     def direction(
@@ -235,15 +246,16 @@ class Flow(nn.Module):
         `is_streaming` uses the chunk masks (equal to the streamed turn); not `is_final`: the last tokens are
         look-ahead only.
         """
-        dims = self.dims
+        dims, pinned = self.dims, 0
         if prompt_tokens is not None:
+            pinned = dims.pinned_chunks(prompt_tokens.shape[1])
             tokens = torch.cat((prompt_tokens, tokens), dim=1)
         context = None
         if not is_final:
             ahead = dims.encoder.pre_lookahead_len
             tokens, context = tokens[:, :-ahead], tokens[:, -ahead:]
         lengths = torch.full((tokens.shape[0],), tokens.shape[1], device=tokens.device)
-        mu, _ = self.mean(tokens, lengths, context, is_streaming)
+        mu, _ = self.mean(tokens, lengths, context, is_streaming, pinned)
         if dims.n_timesteps == 0:
             return mu[..., 0 if prompt_mel is None else prompt_mel.shape[-1] :]
         condition = torch.zeros_like(mu)
@@ -252,7 +264,7 @@ class Flow(nn.Module):
         attention = None
         if is_streaming:
             frames = dims.chunk_size * dims.frames_per_token
-            attention = chunk_mask(mu.shape[-1], frames, dims.num_left_chunks, mu.device)
+            attention = chunk_mask(mu.shape[-1], frames, dims.num_left_chunks, mu.device, pinned)
         speaker, x, points = self.speaker(embedding), self.start(mu, [0] * len(mu)), self.time_points()
         for now, then in zip(points, points[1:], strict=False):
             time = torch.full((len(x),), now, device=x.device)
@@ -272,12 +284,15 @@ class Flow(nn.Module):
         """A turn with the voice `embedding` [1, spk_embed_dim]; the prompt is encoded with the first tokens. With a
         `slot` its left context is in a FlowCache, and it goes through `step_rows` only."""
         skip = 0 if prompt_mel is None else prompt_mel.shape[-1]
-        caches = [GrowingCache() for _ in range(self.dims.n_timesteps)] if slot < 0 else []
+        pinned = self.dims.pinned_chunks(len(prompt_tokens or ()))
+        frames = pinned * self.dims.chunk_size * self.dims.frames_per_token
+        caches = [GrowingCache(frames) for _ in range(self.dims.n_timesteps)] if slot < 0 else []
         return FlowState(
             self.speaker(embedding),
             prompt_mel,
             list(prompt_tokens or ()),
             frames_to_skip=skip,
+            num_pinned=pinned,
             slot=slot,
             estimator_caches=caches,
         )
@@ -304,7 +319,8 @@ class Flow(nn.Module):
             size = min(dims.chunk_size, len(state.tokens))
             tokens = torch.tensor([state.tokens[: size + dims.encoder.pre_lookahead_len]], device=self._device)
             embedded = self.input_embedding(tokens)
-            keep = dims.num_left_chunks * dims.chunk_size if dims.num_left_chunks >= 0 else -1
+            left = dims.num_left_chunks
+            keep = (left + state.num_pinned) * dims.chunk_size if left >= 0 else -1
             hidden = self.encoder.step(embedded[:, :size], embedded[:, size:], state.encoder_cache, keep)
             self._begin_chunk(state, self.encoder_proj(hidden).transpose(1, 2), size)
         else:
@@ -314,8 +330,9 @@ class Flow(nn.Module):
 
     # ------------------------------------------------------- streaming, many turns
 
-    def new_cache(self, num_slots: int, window_chunks: int) -> FlowCache:
-        return FlowCache(num_slots, window_chunks)
+    def new_cache(self, num_slots: int, window_chunks: int, num_prompt_tokens: int = 0) -> FlowCache:
+        """`num_prompt_tokens`: of the longest prompt, whose chunks stay in reach."""
+        return FlowCache(num_slots, window_chunks, self.dims.pinned_chunks(num_prompt_tokens))
 
     @torch.inference_mode()
     def step_rows(self, states: Sequence[FlowState], cache: FlowCache) -> list[Tensor | None]:
@@ -337,7 +354,8 @@ class Flow(nn.Module):
         num_real = torch.tensor([min(total, len(state.tokens)) for state in states], device=self._device)
         real = padding_mask(num_real, total)
         chunks = [state.num_chunks for state in states]
-        view = cache.view([state.slot for state in states], cache.num_slots, chunks, self._device)
+        pinned = [state.num_pinned for state in states]
+        view = cache.view([state.slot for state in states], cache.num_slots, chunks, pinned, self._device)
         stride = dims.frames_per_token
         masks = (view.visible(width, sizes), view.visible(width * stride, [size * stride for size in sizes]))
         embedded = self.input_embedding(torch.tensor(padded, device=self._device))
@@ -347,22 +365,35 @@ class Flow(nn.Module):
             self._begin_chunk(state, mu[row : row + 1], size)
 
     def _euler_rows(self, states: Sequence[FlowState], chunks: Sequence[ChunkInWork], cache: FlowCache) -> None:
-        numbers = [state.num_chunks for state in states]
-        rows = [
-            chunk.num_steps_done * cache.num_slots + state.slot for state, chunk in zip(states, chunks, strict=True)
-        ]
+        """In fixed shapes the batch is filled up by rows like the first one, which write into the spare slot."""
+        num_spare = 0 if cache.fixed is None else bucket(len(states), ROW_BUCKETS) - len(states)
+        filled = [*zip(states, chunks, strict=True)] + [(states[0], chunks[0])] * num_spare
+        slots = [state.slot for state in states] + [cache.num_slots - 1] * num_spare
+        rows = [chunk.num_steps_done * cache.num_slots + slot for slot, (_, chunk) in zip(slots, filled, strict=True)]
+        numbers, pinned = [state.num_chunks for state, _ in filled], [state.num_pinned for state, _ in filled]
         num_rows = self.dims.n_timesteps * cache.num_slots
-        width = chunks[0].x.shape[-1]
-        lengths = [chunk.num_frames for chunk in chunks]
+        lengths = [chunk.num_frames for _, chunk in filled]
         if self.dims.inference_cfg_rate > 0:
-            rows, numbers = rows + [row + num_rows for row in rows], numbers * 2
-            num_rows *= 2
-        view = cache.view(rows, num_rows, numbers, self._device)
-        is_guided = len(numbers) > len(states)
-        visible = view.visible(width, lengths * 2 if is_guided else lengths)
+            rows, numbers, pinned = rows + [row + num_rows for row in rows], numbers * 2, pinned * 2
+            lengths, num_rows = lengths * 2, num_rows * 2
+        view = cache.ring_view(rows, num_rows, numbers, pinned, self._device)
+        visible = view.visible(chunks[0].x.shape[-1], lengths)
         if visible is not None:
-            visible = visible[: len(states)]  # `direction` doubles it
-        self._euler(states, chunks, visible, view)
+            visible = visible[: len(filled)]  # `direction` doubles it
+        self._euler([state for state, _ in filled], [chunk for _, chunk in filled], visible, view, len(states))
+
+    def _fixed_direction(self, view: RingRows) -> Callable[..., Tensor]:
+        """`direction` as a function of nothing but tensors, which a CUDA graph can read again."""
+        cache, num_rows, num_seen = view.cache, view.num_rows, view.num_seen
+
+        def run(
+            x: Tensor, mu: Tensor, time: Tensor, speaker: Tensor, condition: Tensor, visible: Tensor, *where: Tensor
+        ) -> Tensor:
+            index, place, now, is_first = where
+            again = RingRows(cache, num_rows, index, place, now, is_first, num_seen)
+            return self.direction(x, mu, time, speaker, condition, visible, again)
+
+        return run
 
     # ------------------------------------------------------------- shared pieces
 
@@ -391,16 +422,23 @@ class Flow(nn.Module):
         chunks: Sequence[ChunkInWork],
         visible: Tensor | None,
         cache: LeftContext,
+        num_real: int | None = None,
     ) -> None:
-        """One Euler step of each chunk, each at its own time."""
+        """One Euler step of each chunk, each at its own time; rows behind the first `num_real` only fill up."""
         points = self.time_points()
         now = torch.tensor([points[chunk.num_steps_done] for chunk in chunks], device=self._device)
         then = torch.tensor([points[chunk.num_steps_done + 1] for chunk in chunks], device=self._device)
         x, mu, condition = (torch.cat([getattr(chunk, name) for chunk in chunks]) for name in ("x", "mu", "condition"))
         speaker = torch.cat([state.speaker for state in states])
-        v = self.direction(x.to(mu.dtype), mu, now, speaker, condition, visible, cache)
+        inputs = (x.to(mu.dtype), mu, now, speaker, condition)
+        if isinstance(cache, RingRows) and cache.cache.fixed is not None:
+            where = (cache.index, cache.place, cache.now, cache.is_first)
+            key = ("euler", *mu.shape)
+            v = cache.cache.fixed(key, self._fixed_direction(cache), [*inputs, visible, *where])
+        else:
+            v = self.direction(*inputs, visible, cache)
         x = x + (then - now)[:, None, None] * v.float()
-        for row, chunk in enumerate(chunks):
+        for row, chunk in enumerate(chunks[:num_real]):
             chunk.x = x[row : row + 1]
             chunk.num_steps_done += 1
 

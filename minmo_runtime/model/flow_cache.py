@@ -4,18 +4,24 @@
 - `FlowCache`: many turns at once in fixed tensors, a bounded window of whole chunks each. A turn's chunk number says
   where its next keys go (a ring of chunks) and which of two places holds a convolution's last frames; so nothing
   moves, rows of different ages and of different Euler steps share one pass, and a pass that failed half-way can
-  simply be run again. `CacheRows` is one batch's view of it.
+  simply be run again. `CacheRows` is one batch's view of it in the order of time, for layers with relative positions;
+  `RingRows` the view in the order of places, for layers that do not ask which key is older: it copies nothing.
+
+A prompt's own chunks are pinned: they keep their places before the ring, so that a voice that was given by example
+stays in reach however long the turn. The encoder has no pinned places but a ring longer by as many chunks (its keys
+cost a hundredth), so that inside the window both see all that there was.
 
 Full-size CosyVoice 2 keeps 115 MB of keys and values per second of window and call in bfloat16, which is why the
 window is bounded. Knows nothing of what the layers compute. Part of step 9 of the walk; layout is ours.
 
-Legend: B rows, T frames of one chunk, R chunks of the ring, C chunks looked at, S = C * T, H heads, K head width.
+Legend: B rows, T frames of one chunk, P pinned chunks, R chunks of the ring, C chunks looked at, S = C * T, H heads,
+K head width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +37,15 @@ class LeftContext(Protocol):
         ...
 
 
-class GrowingCache:
-    """One turn; exact for any left context."""
+# A name of the shapes, a function of tensors, and the tensors → what it gives: minmo_runtime/fixed_shapes.py
+FixedCall = Callable[[tuple[Any, ...], Callable[..., Tensor], Sequence[Tensor]], Tensor]
 
-    def __init__(self) -> None:
+
+class GrowingCache:
+    """One turn; exact for any left context. The first `pinned` frames of keys are never dropped."""
+
+    def __init__(self, pinned: int = 0) -> None:
+        self.pinned = pinned
         self.frames: dict[nn.Module, Tensor] = {}
         self.keys: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
@@ -49,7 +60,11 @@ class GrowingCache:
             earlier = self.keys[module]
             key, value = torch.cat((earlier[0], key), dim=2), torch.cat((earlier[1], value), dim=2)
         start = 0 if keep < 0 else max(0, key.shape[2] - keep)
-        self.keys[module] = (key[:, :, start:], value[:, :, start:])
+        if start > self.pinned > 0:
+            kept = [torch.cat((part[:, :, : self.pinned], part[:, :, start:]), dim=2) for part in (key, value)]
+        else:
+            kept = [part[:, :, 0 if self.pinned else start :] for part in (key, value)]
+        self.keys[module] = (kept[0], kept[1])
         return key, value
 
 
@@ -59,18 +74,34 @@ class FlowCache:
     Tensors are made at the first use of each layer, for all rows at once. Owned by the engine's sound jobs.
     """
 
-    def __init__(self, num_slots: int, num_left_chunks: int) -> None:
+    def __init__(self, num_slots: int, num_left_chunks: int, num_pinned: int = 0) -> None:
         if num_left_chunks < 0:
             raise ValueError("flow cache: the window must be bounded")
         self.num_slots = num_slots
         self.num_left_chunks = num_left_chunks
-        self.num_places = num_left_chunks + 1
+        self.num_pinned = num_pinned
+        self.num_places = num_left_chunks + 1  # R
+        self.fixed: FixedCall | None = None  # passes in fixed shapes; the last slot is then their spare one
         self._frames: dict[nn.Module, Tensor] = {}  # [rows, 2, C, frames]
-        self._keys: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # each [rows, R, T, H, K]
+        self._keys: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # each [rows, places, T, H, K]
 
-    def view(self, rows: Sequence[int], num_rows: int, chunks: Sequence[int], device: torch.device) -> CacheRows:
-        """Batch row i is cache row rows[i] of `num_rows`, at its turn's chunk number chunks[i]."""
-        return CacheRows(self, list(rows), num_rows, list(chunks), device)
+    def view(
+        self, rows: Sequence[int], num_rows: int, chunks: Sequence[int], pinned: Sequence[int], device: torch.device
+    ) -> CacheRows:
+        """Batch row i is cache row rows[i] of `num_rows`, at its turn's chunk number chunks[i], whose first pinned[i]
+        chunks stay in reach."""
+        return CacheRows(self, list(rows), num_rows, list(chunks), self._with_places(pinned), device)
+
+    def ring_view(
+        self, rows: Sequence[int], num_rows: int, chunks: Sequence[int], pinned: Sequence[int], device: torch.device
+    ) -> RingRows:
+        """The same for layers that do not ask which key is older."""
+        return RingRows.of(self, list(rows), num_rows, list(chunks), self._with_places(pinned), device)
+
+    def _with_places(self, pinned: Sequence[int]) -> list[int]:
+        if max(pinned) > self.num_pinned:
+            raise ValueError(f"flow cache: a prompt of {max(pinned)} chunks, but places for {self.num_pinned}")
+        return list(pinned)
 
     @torch.inference_mode()
     def reset(self, slot: int) -> None:
@@ -93,32 +124,35 @@ class FlowCache:
     def keys_of(self, module: nn.Module, num_rows: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """`like` [B, T, H, K]."""
         if module not in self._keys:
-            shape = (num_rows, self.num_places, *like.shape[1:])
+            shape = (num_rows, self.num_pinned + self.num_places, *like.shape[1:])
             self._keys[module] = (like.new_zeros(shape), like.new_zeros(shape))
         return self._keys[module]
 
 
 class CacheRows:
-    """One batch's view. Chunks are as wide as the first layer's x says; a turn's last one is padded to that width.
+    """One batch's view, keys in the order of time. Chunks are as wide as the first layer's x says; a turn's last one is
+    padded to that width.
 
-    Example, R = 3, a row at chunk 4: its keys go to place 4 % 3 = 1, and it looks at places 2, 0, 1 (chunks 2, 3, 4).
+    Example, a ring of 3, a row at chunk 4: its keys go to place 4 % 3 = 1, and it looks at places 2, 0, 1 (chunks 2, 3,
+    4).
     """
 
     def __init__(
-        self, cache: FlowCache, rows: list[int], num_rows: int, chunks: list[int], device: torch.device
+        self, cache: FlowCache, rows: list[int], num_rows: int, chunks: list[int], pinned: list[int], device: Any
     ) -> None:
         self.cache, self.num_rows = cache, num_rows
-        self.num_seen = min(max(chunks) + 1, cache.num_places)  # C
-        first = [chunk - self.num_seen + 1 for chunk in chunks]
-        order = [[(begin + offset) % cache.num_places for offset in range(self.num_seen)] for begin in first]
+        ring = cache.num_pinned + cache.num_places
+        reach = [min(chunk, cache.num_left_chunks + count) + 1 for chunk, count in zip(chunks, pinned, strict=True)]
+        self.num_seen = max(reach)  # C
+        order = [[(chunk + 1 - self.num_seen + offset) % ring for offset in range(self.num_seen)] for chunk in chunks]
         self.rows = torch.tensor(rows, device=device)
-        self.place = torch.tensor([chunk % cache.num_places for chunk in chunks], device=device)
+        self.place = torch.tensor([chunk % ring for chunk in chunks], device=device)
         self.order = torch.tensor(order, device=device)  # [B, C]
         self.is_first = torch.tensor([chunk == 0 for chunk in chunks], device=device)[:, None, None]
         self.now = torch.tensor([chunk % 2 for chunk in chunks], device=device)
         self.then = 1 - self.now
-        # Of chunks before the turn's beginning nothing may be seen.
-        self.num_missing = [max(0, -begin) for begin in first]
+        # Of chunks before the turn's beginning, or out of this row's reach, nothing may be seen.
+        self.num_missing = [self.num_seen - count for count in reach]
 
     def left_frames(self, module: nn.Module, x: Tensor, frames: int) -> Tensor:
         if not frames:
@@ -148,3 +182,90 @@ class CacheRows:
         begin = torch.tensor([missing * width for missing in self.num_missing], device=device)[:, None]
         padding = torch.tensor([width - length for length in lengths], device=device)[:, None]
         return ((index >= begin) & (index < self.num_seen * width - padding))[:, None]
+
+
+class RingRows:
+    """One batch's view, keys in the order of their places: pinned ones, then the ring. Made of tensors only, so that a
+    CUDA graph can read them again; of plain numbers where all rows are alike, and then nothing is gathered.
+
+    Example, P = 2 pinned, R = 3, a row at chunk 6 of a turn with two pinned: chunk 6 is the fifth of the ring, so its
+    keys go to place 2 + 4 % 3 = 3, and it looks at places 0, 1 (the prompt) and 2, 3, 4 (chunks 5, 6, 4).
+    """
+
+    def __init__(
+        self,
+        cache: FlowCache,
+        num_rows: int,
+        index: Tensor | slice,
+        place: Tensor | int,
+        now: Tensor | int,
+        is_first: Tensor,
+        num_seen: int,
+    ) -> None:
+        self.cache, self.num_rows = cache, num_rows
+        self.index, self.place, self.now, self.is_first, self.num_seen = index, place, now, is_first, num_seen
+        self.seen_places: list[list[bool]] = []  # of each row, up to num_seen
+
+    @classmethod
+    def of(
+        cls, cache: FlowCache, rows: list[int], num_rows: int, chunks: list[int], pinned: list[int], device: Any
+    ) -> RingRows:
+        places = [_place(cache, chunk, count) for chunk, count in zip(chunks, pinned, strict=True)]
+        all_seen = [_seen(cache, chunk, count) for chunk, count in zip(chunks, pinned, strict=True)]
+        is_first = torch.tensor([chunk == 0 for chunk in chunks], device=device)[:, None, None]
+        step = rows[1] - rows[0] if len(rows) > 1 else 1
+        is_alike = len(set(chunks)) == len(set(places)) == 1 and step > 0
+        if cache.fixed is None and is_alike and rows == list(range(rows[0], rows[-1] + 1, step)):
+            index, place, now = slice(rows[0], rows[-1] + 1, step), places[0], chunks[0] % 2
+            made = cls(cache, num_rows, index, place, now, is_first, max(map(len, all_seen)))
+        else:
+            index, place, now = (
+                torch.tensor(part, device=device) for part in (rows, places, [chunk % 2 for chunk in chunks])
+            )
+            most = cache.num_pinned + cache.num_places if cache.fixed is not None else max(map(len, all_seen))
+            made = cls(cache, num_rows, index, place, now, is_first, most)
+        made.seen_places = [seen + [False] * (made.num_seen - len(seen)) for seen in all_seen]
+        made.places = places
+        return made
+
+    places: list[int]  # where each row's keys go
+
+    def left_frames(self, module: nn.Module, x: Tensor, frames: int) -> Tensor:
+        if not frames:
+            return x
+        stored = self.cache.frames_of(module, self.num_rows, x, frames)
+        x = torch.cat((stored[self.index, self.now].masked_fill(self.is_first, 0.0), x), dim=-1)
+        stored[self.index, 1 - self.now] = x[..., x.shape[-1] - frames :]
+        return x
+
+    def left_keys(self, module: nn.Module, key: Tensor, value: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+        """`keep` is the cache's own window here."""
+        pair = (key.transpose(1, 2), value.transpose(1, 2))  # [B, T, H, K]
+        whole = []
+        for stored, new in zip(self.cache.keys_of(module, self.num_rows, pair[0]), pair, strict=True):
+            stored[self.index, self.place] = new
+            seen = stored[self.index][:, : self.num_seen]  # [B, C, T, H, K]
+            whole.append(seen.flatten(1, 2).transpose(1, 2))
+        return whole[0], whole[1]
+
+    def visible(self, width: int, lengths: Sequence[int]) -> Tensor | None:
+        """As CacheRows.visible, by places; never None in fixed shapes."""
+        is_full = all(length == width for length in lengths)
+        if self.cache.fixed is None and is_full and all(map(all, self.seen_places)):
+            return None
+        mask = torch.tensor(self.seen_places).repeat_interleave(width, dim=1)  # [B, S]
+        for row, (place, length) in enumerate(zip(self.places, lengths, strict=True)):
+            mask[row, place * width + length : (place + 1) * width] = False
+        return mask[:, None].to(self.is_first.device)
+
+
+def _place(cache: FlowCache, chunk: int, pinned: int) -> int:
+    return chunk if chunk < pinned else cache.num_pinned + (chunk - pinned) % cache.num_places
+
+
+def _seen(cache: FlowCache, chunk: int, pinned: int) -> list[bool]:
+    """Of the places up to the last one that holds a chunk of this turn, whether each holds one."""
+    if chunk < pinned:
+        return [True] * (chunk + 1)
+    in_ring = min(chunk - pinned + 1, cache.num_places)
+    return [True] * pinned + [False] * (cache.num_pinned - pinned) + [True] * in_ring

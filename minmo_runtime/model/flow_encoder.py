@@ -38,15 +38,18 @@ class FlowEncoderDims(Dims):
     up_stride: int = 2
 
 
-def chunk_mask(length: int, chunk: int, num_left_chunks: int, device: torch.device | None = None) -> Tensor:
-    """[T, T] true where query (row) may see key: the same chunk, and `num_left_chunks` before it (-1: all).
+def chunk_mask(
+    length: int, chunk: int, num_left_chunks: int, device: torch.device | None = None, num_pinned: int = 0
+) -> Tensor:
+    """[T, T] true where query (row) may see key: the same chunk, and `num_left_chunks` before it (-1: all), and the
+    first `num_pinned` chunks.
 
     Example, chunk 2, one left chunk, T = 6: row 4 sees keys 2..5.
     """
     index = torch.arange(length, device=device) // chunk
     mask = index[None, :] <= index[:, None]
     if num_left_chunks >= 0:
-        mask &= index[None, :] >= index[:, None] - num_left_chunks
+        mask &= (index[None, :] >= index[:, None] - num_left_chunks) | (index[None, :] < num_pinned)
     return mask
 
 

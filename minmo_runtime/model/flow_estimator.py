@@ -12,6 +12,7 @@ Legend: B rows, T mel frames, C channels, M mel bins.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from minmo_runtime.model.dims import Dims
 from minmo_runtime.model.flow_cache import LeftContext
 from minmo_runtime.model.flow_encoder import with_left_context, with_left_keys
+from minmo_runtime.model.linear_forms import Joined
 
 _MASKED = -1e10
 _TIME_SCALE = 1000.0
@@ -101,11 +103,23 @@ class SelfAttention(nn.Module):
         self.to_k = nn.Linear(channels, inner, bias=False)
         self.to_v = nn.Linear(channels, inner, bias=False)
         self.to_out = nn.ModuleList((nn.Linear(inner, channels),))
+        self.fused: Joined | None = None  # query, key, value in one
+
+    def fuse(self, make: Callable[[Tensor, Tensor | None], nn.Module]) -> None:
+        """One product for the three, in the form `make`; the plain weights are let go. Serving only."""
+        if self.fused is None:
+            weights = [part.weight for part in (self.to_q, self.to_k, self.to_v)]
+            self.fused = make(torch.cat(weights), None).forward
+            self.to_q = self.to_k = self.to_v = None  # type: ignore[assignment]
 
     def run(self, x: Tensor, bias: Tensor | None, keep: int, cache: LeftContext | None) -> Tensor:
         rows, length = x.shape[:2]
         heads = (rows, length, self.num_heads, self.head_dim)
-        query, key, value = (to(x).view(heads).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v))
+        if self.fused is None:
+            parts = [to(x) for to in (self.to_q, self.to_k, self.to_v)]
+        else:
+            parts = list(self.fused(x).chunk(3, dim=-1))
+        query, key, value = (part.view(heads).transpose(1, 2) for part in parts)
         key, value = with_left_keys(key, value, keep, self, cache)
         mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         return self.to_out[0](mixed.transpose(1, 2).reshape(rows, length, -1))

@@ -51,6 +51,17 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
+class PlainLinear(nn.Module):
+    """nn.Linear of weights that are somewhere already."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
 def by_columns(weight: Tensor) -> Tensor:
     """The same [N, D], stored column by column if it is large and wide."""
     is_wide = weight.shape[0] >= _WIDE * weight.shape[1] and weight.numel() >= _FEWEST_BY_COLUMNS

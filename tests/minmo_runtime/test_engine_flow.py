@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from minmo_runtime.model.fixed_shapes import FixedCalls
 from minmo_runtime.model.flow import Flow, FlowDims, FlowState
 from minmo_runtime.model.flow_cache import FlowCache
 
@@ -117,7 +118,7 @@ def test_a_row_with_a_prompt_in_company_equals_its_offline_form(flow: Flow) -> N
     rng = np.random.default_rng(4)
     prompt, tokens = turn_tokens(rng, 7), turn_tokens(rng, 18)
     prompt_mel, embedding = torch.randn(1, 80, 14), torch.randn(1, FLOW.spk_embed_dim)
-    crowd = Crowd(flow, flow.new_cache(NUM_SLOTS, 2), rng)
+    crowd = Crowd(flow, flow.new_cache(NUM_SLOTS, 2, len(prompt)), rng)
     crowd.join(1, embedding, prompt, prompt_mel)
     crowd.join(0, torch.randn(1, FLOW.spk_embed_dim))
     for state, given in ((crowd.states[1], tokens), (crowd.states[0], turn_tokens(rng, 12))):
@@ -126,6 +127,85 @@ def test_a_row_with_a_prompt_in_company_equals_its_offline_form(flow: Flow) -> N
         pass
     whole = flow(torch.tensor([tokens]), embedding, torch.tensor([prompt]), prompt_mel)
     assert float((crowd.mel(1) - whole).abs().max()) < 1e-5
+
+
+def with_prompt(flow: Flow, cache: FlowCache, num_tokens: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """A turn that continues a prompt, one among others: its mel as streamed and as the offline form gives it."""
+    prompt, tokens = turn_tokens(rng, 12), turn_tokens(rng, num_tokens)
+    prompt_mel, embedding = torch.randn(1, 80, 24), torch.randn(1, FLOW.spk_embed_dim)
+    crowd = Crowd(flow, cache, rng)
+    crowd.join(1, embedding, prompt, prompt_mel)
+    crowd.join(0, torch.randn(1, FLOW.spk_embed_dim))
+    for slot, given in ((1, tokens), (0, turn_tokens(rng, 33))):
+        flow.push(crowd.states[slot], given, is_final=True)
+    while crowd.job():
+        pass
+    return crowd.mel(1), flow(torch.tensor([tokens]), embedding, torch.tensor([prompt]), prompt_mel)
+
+
+@pytest.mark.parametrize("variant", ["two_steps", "guided", "no_left_context"])
+@pytest.mark.parametrize("is_fixed", [False, True])
+def test_a_prompt_stays_in_reach_however_long_the_turn(flow: Flow, variant: str, is_fixed: bool) -> None:
+    flow.dims = replace(FLOW, **VARIANTS[variant])
+    try:
+        cache = flow.new_cache(NUM_SLOTS, flow.dims.window_chunks(2.0), 12)
+        assert cache.num_pinned == 3, "12 tokens in chunks of 5"
+        cache.fixed = FixedCalls(has_graphs=False) if is_fixed else None
+        torch.manual_seed(7)
+        made, wanted = with_prompt(flow, cache, 64, np.random.default_rng(7))
+        flow.dims = replace(flow.dims, prompt_context_s=0.0)
+        torch.manual_seed(7)
+        without, _ = with_prompt(
+            flow, flow.new_cache(NUM_SLOTS, flow.dims.num_left_chunks), 64, np.random.default_rng(7)
+        )
+    finally:
+        flow.dims = FLOW
+    assert float((made - wanted).abs().max()) < 1e-5
+    assert float((made - without)[..., -40:].abs().max()) > 1e-3, "the prompt is heard to the end"
+
+
+def test_a_window_behind_a_prompt_is_exact_for_as_long_as_it_holds_all(flow: Flow) -> None:
+    flow.dims = replace(FLOW, left_context_s=-1.0)
+    try:
+        window = flow.dims.window_chunks(0.4)
+        made, wanted = with_prompt(flow, flow.new_cache(NUM_SLOTS, window, 12), 64, np.random.default_rng(8))
+    finally:
+        flow.dims = FLOW
+    error = (made - wanted).abs()
+    inside = ((3 + window) * FLOW.chunk_size - 12) * FLOW.frames_per_token  # pinned chunks, the window, less the prompt
+    assert float(error[..., :inside].max()) < 1e-5 < float(error[..., inside:].mean())
+
+
+def test_a_prompt_that_has_no_places_is_refused(flow: Flow) -> None:
+    state = flow.new_state(torch.ones(1, FLOW.spk_embed_dim), [1] * 12, torch.randn(1, 80, 24), slot=0)
+    flow.push(state, [1] * 20)
+    with pytest.raises(ValueError, match="a prompt of 3 chunks, but places for 0"):
+        flow.step_rows([state], flow.new_cache(1, 2))
+
+
+@pytest.mark.parametrize("variant", ["two_steps", "guided"])
+def test_euler_steps_in_fixed_shapes_give_what_the_plain_ones_give(flow: Flow, variant: str) -> None:
+    made = {}
+    for is_fixed in (False, True):
+        rng = np.random.default_rng(9)
+        flow.dims = replace(FLOW, **VARIANTS[variant])
+        try:
+            cache = flow.new_cache(NUM_SLOTS + 1, 2)  # the last one is the spare
+            calls = FixedCalls(has_graphs=False)
+            cache.fixed = calls if is_fixed else None
+            crowd = Crowd(flow, cache, rng)
+            for slot, count in enumerate((23, 41, 8)):
+                crowd.join(slot, torch.from_numpy(rng.standard_normal((1, FLOW.spk_embed_dim)).astype(np.float32)))
+                flow.push(crowd.states[slot], turn_tokens(rng, count), is_final=True)
+            while crowd.job():
+                pass
+        finally:
+            flow.dims = FLOW
+        made[is_fixed] = [crowd.mel(slot) for slot in range(3)]
+        assert 3 in crowd.sizes
+    assert {key[1] for key in calls.shapes} == {1, 2, 4}, "three rows are filled up to four"
+    for plain, fixed in zip(made[False], made[True], strict=True):
+        assert float((plain - fixed).abs().max()) < 1e-5
 
 
 def test_an_unlimited_flow_in_a_window_is_exact_inside_it_and_close_beyond(flow: Flow) -> None:

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from minmo_runtime.checkpoint_contents import module_of
-from minmo_runtime.decode_step import DecodeStep, bucket, length_buckets
+from minmo_runtime.decode_step import DecodeStep, length_buckets
 from minmo_runtime.model.backbone import Backbone
 from minmo_runtime.model.dims import BackboneDims
+from minmo_runtime.model.fixed_shapes import bucket
 from minmo_runtime.model.voice_lm import VoiceLm, VoiceLmDims, VoiceStream
 from minmo_runtime.quantise import int8_linears
 from minmo_runtime.random_checkpoint import TINY
