@@ -145,7 +145,12 @@ def _model(config: Config) -> Iterator[Finding]:
     )
     needed = memory.weight_bytes(contents, config.runtime, (*tables.NEEDED, *there))
     yield from _sources(contents, files)
-    yield _memory(needed, memory.call_bytes(contents, config.runtime), memory.free_bytes(config.runtime.device), config)
+    yield _memory(
+        needed,
+        memory.call_bytes(contents, config.runtime, "projector" in there),
+        memory.free_bytes(config.runtime.device),
+        config,
+    )
     bridges = [bridge for part, bridge in tables.CONNECTORS.items() if part not in there]
     yield Finding("bridges", State.OK, f"bridges=[{', '.join(bridges)}]")
     for bridge in bridges:

@@ -14,6 +14,7 @@ A part whose table is missing is a connector that a bridge stands in for. Knows 
 
 from __future__ import annotations
 
+import dataclasses
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -124,7 +125,7 @@ def facts_in(contents: Mapping[str, Any]) -> CheckpointFacts:
 
 def known_table(contents: Mapping[str, Any], name: str, kind: type) -> dict[str, Any]:
     """The table `name`, refused if it has a key that the dataclass `kind` has not."""
-    table, allowed = dict(contents.get(name, {})), sorted(kind.__dataclass_fields__)
+    table, allowed = dict(contents.get(name, {})), sorted(field.name for field in dataclasses.fields(kind))
     if unknown := sorted(set(table) - set(allowed)):
         raise CheckpointError(f"[{name}]: unknown key {', '.join(unknown)}; allowed: {', '.join(allowed)}")
     return table

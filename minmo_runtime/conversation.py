@@ -18,11 +18,12 @@ from minmo_runtime.text import ROLE_OPEN, TURN_CLOSE, TextTokenizer, chat_turn
 ROLES = ("system", "user", "assistant", "tool")
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)
 class AudioVector:
     """One position of the caller's voice, as the LLM reads it. Equal to itself only."""
 
     vector: Any  # [D]
+    was_predicted_on: bool = False  # the duplex predictor has had it with its hidden state
 
 
 Position = int | AudioVector

@@ -123,6 +123,8 @@ class Engine:
         stream.needs_hidden = "out" not in self.checkpoint.bridges
         stream.say_cache = self.say_cache
         stream.ear.hears_audio = "in" not in self.checkpoint.bridges
+        stream.listening.slot = self.runner.prefill.branch_slot(stream.slot)
+        stream.listening.feeds_predictor = self.runner.predictor.reads_hidden
         stream.ear.chunk_fbank_frames = self.runner.chunk_fbank_frames
         if self.runner.predictor.step_ms:
             stream.predict_every(self.runner.predictor.step_ms)

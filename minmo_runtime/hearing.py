@@ -51,10 +51,10 @@ class Hearing:
             return self.rates.encoder_chunk_frames * self.encoder.dims.lfr_n
         return self.encoder.fbank_frames_per_chunk
 
-    def encode(self, streams: list[Stream]) -> dict[str, str]:
+    def encode(self, streams: list[Stream], now: float) -> dict[str, str]:
         """One encoder chunk of each call's oldest segment; a full-context encoder runs over all of it again."""
         if self.is_full_context:
-            return self._encode_whole(streams)
+            return self._encode_whole(streams, now)
         failed = each([s for s in streams if s.ear.segments[0].is_spent], lambda _, stream: self._finish(stream))
         streams = [stream for stream in streams if stream.ear.segments and not stream.ear.segments[0].is_final]
         if not streams:
@@ -74,7 +74,7 @@ class Hearing:
             self._chunk_done(segment)
             segment.encoder_state = states.row(row)
             stream.ear.num_chunks_encoded += 1
-            if stream.predicts_itself:
+            if stream.predicts_itself and not stream.listening.feeds_predictor:
                 stream.new_frames.append(hidden[row])
             grown = segment.ctc.push(log_probs[row].numpy())
             text = self._ctc_text(segment.ctc.tokens) if grown else segment.text
@@ -85,8 +85,8 @@ class Hearing:
                 self._take_audio(segment, vectors)
             if caption := stream.ear.take_text(segment, text):
                 stream.emit(caption)
-            if self.projector is not None and not (segment.is_overlap or segment.is_discarded):
-                stream.expect_user_turn()
+            if self.projector is not None and not segment.is_discarded:
+                stream.listen(now)
 
         return failed | each(streams, take)
 
@@ -102,7 +102,7 @@ class Hearing:
         if caption := stream.ear.take_text(segment, segment.text):
             stream.emit(caption)
 
-    def _encode_whole(self, streams: list[Stream]) -> dict[str, str]:
+    def _encode_whole(self, streams: list[Stream], now: float) -> dict[str, str]:
         """All of each segment so far; its text may change with every run, what two runs agree on goes ahead."""
         segments = [stream.ear.segments[0] for stream in streams]
         for segment in segments:
@@ -113,7 +113,13 @@ class Hearing:
         rows = query_rows(listening.language, listening.has_itn)
         made = hear(self.encoder, fbanks, rows) if running else []
         heard = {id(segment): one for segment, one in zip(running, made, strict=True)}
-        return each(streams, lambda row, stream: self._take_whole(stream, segments[row], heard.get(id(segments[row]))))
+
+        def take(row: int, stream: Stream) -> None:
+            self._take_whole(stream, segments[row], heard.get(id(segments[row])))
+            if self.projector is not None and not segments[row].is_discarded:
+                stream.listen(now)
+
+        return each(streams, take)
 
     def _take_whole(self, stream: Stream, segment: Segment, heard: Heard | None) -> None:
         if segment.settled is None:

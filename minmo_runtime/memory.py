@@ -32,13 +32,15 @@ def weight_bytes(contents: Mapping[str, Any], config: RuntimeConfig, names: tupl
         }
 
 
-def call_bytes(contents: Mapping[str, Any], config: RuntimeConfig) -> int:
-    """What one call holds: both LMs' keys and values at full length, the flow's window."""
+def call_bytes(contents: Mapping[str, Any], config: RuntimeConfig, hears_audio: bool = False) -> int:
+    """What one call holds: both LMs' keys and values at full length, the flow's window; `hears_audio`: a listening
+    branch beside the LLM's context."""
     size = _BYTES[config.dtype]
     text_length = config.max_context_tokens + 2 * config.max_reply_tokens
     voice_length = config.max_voice_tokens + 2 * config.max_reply_tokens + config.max_context_tokens
     voice = VoiceLmDims.from_dict(contents["voice_lm"]).trunk()
-    held = _kv_bytes(BackboneDims.from_dict(contents["llm"]), text_length, size) + _kv_bytes(voice, voice_length, size)
+    text = (2 if hears_audio else 1) * _kv_bytes(BackboneDims.from_dict(contents["llm"]), text_length, size)
+    held = text + _kv_bytes(voice, voice_length, size)
     flow = FlowDims.from_dict(contents["flow"])
     estimator = flow.estimator
     blocks = (estimator.num_mid_blocks + 2) * estimator.n_blocks

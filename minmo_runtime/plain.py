@@ -71,7 +71,7 @@ def say(
     forced = checkpoint.text_tokenizer.encode(plain(text))
     ids = list(_conversation(checkpoint, messages, config).target_ids)
     llm = checkpoint.modules.llm
-    hidden = llm(embeds=input_vectors(llm, [ids + forced]))[0]
+    hidden = llm(embeds=input_vectors(llm, [[*ids, *forced]]))[0]
     vectors = [_semantic(checkpoint, hidden[len(ids) - 1 + i], token) for i, token in enumerate(forced)]
     seed = voice_seed(0, Reply("", ReplyPhase.DECODING, forced_text=text, is_forced=True))
     return _speak(checkpoint, text, vectors, None, seed, config)

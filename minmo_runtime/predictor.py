@@ -34,6 +34,11 @@ class Predictor:
         """0 without a trained predictor."""
         return self.duplex.dims.step_ms if self.duplex is not None else 0
 
+    @property
+    def reads_hidden(self) -> bool:
+        """Whether it reads the LLM's hidden states (prefill.py hands them on), not the encoder's frames."""
+        return self.duplex is not None and self.duplex.dims.input == "llm+projector"
+
     def predict(self, streams: list[Stream], now: float) -> dict[str, str]:
         """Answer each call's oldest moment."""
         return each(streams, lambda _, stream: self._predict(stream, now))

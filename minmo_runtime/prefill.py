@@ -1,19 +1,21 @@
 """The job that brings the LLM's cache in line with a call's context: cut to what is still true, then feed the rest.
 
-What another call computed already is copied instead (kv_cache.PrefixStore). Where a trained output projector stands,
+What another call computed already is copied instead (kv_cache.PrefixStore), and so is what the call's own listening
+branch has read, or the branch at its beginning from the call (listening.py). Where a trained output projector stands,
 the hidden states of the caller's turn are kept as they pass, so that a turn fed while the caller spoke need not be fed
 again for the voice's query prefix. Which job runs is decided in scheduler.py. Walk: step 8.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from minmo_runtime.config import RuntimeConfig
-from minmo_runtime.conversation import AudioVector, Position
+from minmo_runtime.conversation import AudioVector, Conversation, Position
 from minmo_runtime.kv_cache import PrefixStore
 from minmo_runtime.model.backbone import Backbone, KvCache
 from minmo_runtime.reply import ReplyPhase
@@ -21,8 +23,19 @@ from minmo_runtime.rows import StreamFailure, each
 from minmo_runtime.stream import Stream
 
 
+@dataclass(eq=False)
+class _Row:
+    """What one context is fed in this job. `is_branch`: the listening branch, not the call's own context."""
+
+    stream: Stream
+    conversation: Conversation
+    slot: int
+    is_branch: bool
+    positions: list[Position] = field(default_factory=list)
+
+
 class Prefill:
-    """Owns the shared beginnings; a call's state is in its stream and its slot."""
+    """Owns the shared beginnings; a call's state is in its stream and its slots."""
 
     def __init__(self, llm: Backbone, cache: KvCache, config: RuntimeConfig, keeps_rows: bool) -> None:
         """`keeps_rows`: whether somebody reads the hidden states of the caller's turn."""
@@ -30,73 +43,136 @@ class Prefill:
         self.chunk_tokens = config.prefill_chunk_tokens
         self.prefixes = PrefixStore(cache, config.max_shared_prefixes)
         self.num_positions = 0  # fed in all
+        self._first_branch = config.max_streams if len(cache.lengths) > 2 * config.max_streams else -1
+
+    def branch_slot(self, slot: int) -> int:
+        """Where the listening branch of the stream in `slot` lies; -1 = there is no room for branches."""
+        return slot + self._first_branch if self._first_branch > 0 else -1
 
     def free(self, slot: int) -> None:
         """The slot's stream has ended."""
         self.prefixes.release(slot)
+        if (branch := self.branch_slot(slot)) >= 0:
+            self.cache.reset(branch)
 
     def run(self, streams: list[Stream]) -> dict[str, str]:
-        """The next positions of each context, at most `prefill_chunk_tokens` in all."""
-        rows: list[tuple[Stream, list[Position]]] = []
-        room = self.chunk_tokens
-        for stream in streams:
+        """The next positions of each call's context, at most `prefill_chunk_tokens` in all."""
+        rows = [_Row(stream, stream.conversation, stream.slot, False) for stream in streams]
+        return self._feed(rows, self._bring_in_line)
+
+    def run_branches(self, streams: list[Stream]) -> dict[str, str]:
+        """The same for their listening branches."""
+        branches = [(stream, stream.listening.branch) for stream in streams]
+        rows = [_Row(stream, branch.conversation, stream.listening.slot, True) for stream, branch in branches if branch]
+        return self._feed(rows, self._bring_branch_in_line)
+
+    def _feed(self, contexts: list[_Row], bring_in_line: Callable[[_Row], None]) -> dict[str, str]:
+        rows, room = [], self.chunk_tokens
+        for row in contexts:
             if room <= 0:
                 break
-            self._cut_to_prefix(stream)
-            if positions := list(stream.conversation.waiting_ids())[:room]:
-                rows.append((stream, positions))
-            room -= len(positions)
+            bring_in_line(row)
+            row.positions = list(row.conversation.waiting_ids())[:room]
+            if row.positions:
+                rows.append(row)
+            room -= len(row.positions)
         if not rows:
             return {}
-        vectors = input_vectors(self.llm, [positions for _, positions in rows])
-        slots, num_new = [stream.slot for stream, _ in rows], [len(positions) for _, positions in rows]
-        hidden = self.llm(embeds=vectors, cache=self.cache, slots=slots, num_new=num_new)
+        vectors = input_vectors(self.llm, [row.positions for row in rows])
+        num_new = [len(row.positions) for row in rows]
+        hidden = self.llm(embeds=vectors, cache=self.cache, slots=[row.slot for row in rows], num_new=num_new)
 
-        def take(row: int, stream: Stream) -> None:
-            self._take(stream, rows[row][1], vectors[row], hidden[row, : num_new[row]])
+        def take(index: int, _: Stream) -> None:
+            self._take(rows[index], vectors[index], hidden[index, : num_new[index]])
 
-        return each([stream for stream, _ in rows], take)
+        return each([row.stream for row in rows], take)
 
-    def _cut_to_prefix(self, stream: Stream) -> None:
-        """Forget what is no longer true of the context, and take what another call has computed."""
-        conversation, reply = stream.conversation, stream.head
+    # ------------------------------------------------------- what need not be fed
+
+    def _bring_in_line(self, row: _Row) -> None:
+        """Forget what is no longer true of the context; take what the branch or another call has computed."""
+        conversation, reply = row.conversation, row.stream.head
         if reply is not None and conversation.opening != "assistant":
             conversation.retarget("assistant")
         needs_last = reply is not None
-        keep = conversation.common_prefix(needs_last)
+        limit = len(conversation.target_ids) - needs_last
+        self._cut(row, conversation.common_prefix(needs_last))
+        branch = row.stream.listening.branch
+        if branch is not None and branch.is_over:
+            self._take_over(row, branch.conversation, row.stream.listening.slot, limit)
+            row.stream.listening.drop()
+        keep = len(conversation.cached_ids)
+        if shared := self.prefixes.longest(conversation.target_ids, beyond=keep, limit=limit):
+            self.prefixes.copy_into(row.slot, shared, start=keep)
+            conversation.cached_ids = list(shared.ids)
         if reply is not None and reply.wants_query:
             begin, end = conversation.user_span
-            keep = next((p for p in range(begin, min(keep, end)) if p not in conversation.kept_rows), keep)
-        self.cache.truncate(stream.slot, keep)
-        conversation.cut(keep)
-        limit = len(conversation.target_ids) - needs_last
-        if shared := self.prefixes.longest(conversation.target_ids, beyond=keep, limit=limit):
-            self.prefixes.copy_into(stream.slot, shared, start=keep)
-            conversation.cached_ids = list(shared.ids)
+            end = min(end, len(conversation.cached_ids))
+            if (missing := next((p for p in range(begin, end) if p not in conversation.kept_rows), -1)) >= 0:
+                self._cut(row, missing)
 
-    def _take(self, stream: Stream, positions: list[Position], vectors: Tensor, hidden: Tensor) -> None:
-        """hidden [len(positions), D] of the next positions, which the LLM read as `vectors`."""
-        conversation, reply = stream.conversation, stream.head
+    def _bring_branch_in_line(self, row: _Row) -> None:
+        """Forget what is no longer true of it; take what it has in common with the call's own context."""
+        self._cut(row, row.conversation.common_prefix(needs_last=False))
+        self._take_over(row, row.stream.conversation, row.stream.slot, len(row.conversation.target_ids))
+
+    def _take_over(self, row: _Row, other: Conversation, slot: int, limit: int) -> None:
+        """Positions that the context in `slot` has read as this one should."""
+        own, start = row.conversation, len(row.conversation.cached_ids)
+        end = start
+        while end < min(limit, len(other.cached_ids)) and other.cached_ids[end] == own.target_ids[end]:
+            end += 1
+        if end == start or other.cached_ids[:start] != own.target_ids[:start]:
+            return
+        for layer in (*self.cache.keys, *self.cache.values):
+            layer[row.slot, :, start:end] = layer[slot, :, start:end]
+        self.cache.lengths[row.slot] = end
+        own.cached_ids = own.target_ids[:end]
+        own.kept_rows |= {p: kept for p, kept in other.kept_rows.items() if start <= p < end}
+
+    def _cut(self, row: _Row, length: int) -> None:
+        self.cache.truncate(row.slot, length)
+        row.conversation.cut(length)
+
+    # -------------------------------------------------------------- what was read
+
+    def _take(self, row: _Row, vectors: Tensor, hidden: Tensor) -> None:
+        """hidden [n, D] of the row's n positions, which the LLM read as `vectors`."""
+        conversation = row.conversation
         if not bool(torch.isfinite(hidden).all()):
             raise StreamFailure("the LLM's prefill gave NaN")
         start = len(conversation.cached_ids)
         if self.keeps_rows:
             begin, end = conversation.user_span
             conversation.forget_rows(before=begin)
-            for position in range(max(start, begin), min(start + len(positions), end)):
+            for position in range(max(start, begin), min(start + len(row.positions), end)):
                 conversation.kept_rows[position] = hidden[position - start], vectors[position - start]
-        conversation.cached_ids += positions
-        self.num_positions += len(positions)
+        conversation.cached_ids += row.positions
+        self.num_positions += len(row.positions)
+        if row.stream.listening.feeds_predictor:
+            for place, position in enumerate(row.positions):
+                if isinstance(position, AudioVector) and not position.was_predicted_on:
+                    position.was_predicted_on = True
+                    row.stream.new_frames.append(torch.cat([hidden[place], vectors[place]])[None])
+        if row.is_branch:
+            return
         for length in conversation.shared_lengths:
             if start < length <= len(conversation.cached_ids):
-                self.prefixes.keep(stream.slot, conversation.target_ids[:length])
-        if reply is not None and conversation.is_current() and reply.phase is ReplyPhase.PREFILL:
-            if reply.wants_query:
-                rows = [conversation.kept_rows[position] for position in range(*conversation.user_span)]
-                reply.query_hidden, reply.query_embedding = [h for h, _ in rows], [v for _, v in rows]
-                reply.wants_query = False
-            reply.hidden = hidden[-1]
-            reply.become(ReplyPhase.DECODING)
+                self.prefixes.keep(row.slot, conversation.target_ids[:length])
+        self._begin_reply(row.stream, hidden[-1])
+
+    @staticmethod
+    def _begin_reply(stream: Stream, last_hidden: Tensor) -> None:
+        """Where all of the context is read, the reply draws its first token."""
+        conversation, reply = stream.conversation, stream.head
+        if reply is None or reply.phase is not ReplyPhase.PREFILL or not conversation.is_current():
+            return
+        if reply.wants_query:
+            rows = [conversation.kept_rows[position] for position in range(*conversation.user_span)]
+            reply.query_hidden, reply.query_embedding = [h for h, _ in rows], [v for _, v in rows]
+            reply.wants_query = False
+        reply.hidden = last_hidden
+        reply.become(ReplyPhase.DECODING)
 
 
 def input_vectors(llm: Backbone, rows: Sequence[Sequence[Position]]) -> Tensor:

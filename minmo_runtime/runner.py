@@ -15,6 +15,7 @@ from minmo_runtime.hearing import Hearing
 from minmo_runtime.kv_cache import SlotPool
 from minmo_runtime.number_guide import NumberGuide
 from minmo_runtime.predictor import Predictor
+from minmo_runtime.prefill import Prefill
 from minmo_runtime.reply import Reply, ReplyPhase
 from minmo_runtime.rows import RunRows, StreamFailure, each, isolated
 from minmo_runtime.scheduler import Job, JobKind
@@ -44,8 +45,11 @@ class Runner:
         self.turn_end = tokenizer.special(TURN_END)
         self.tool_call, self.tool_call_end = tokenizer.special(TOOL_CALL), tokenizer.special(TOOL_CALL_END)
         length = config.max_context_tokens + 2 * config.max_reply_tokens
-        self.llm_cache = self.llm.new_cache(config.max_streams + 1, length)  # the last one is the step's spare
+        # A row per call, behind them their listening branches where the LLM hears voices; the last is the step's spare.
+        slots_per_call = 1 if modules.projector is None else 2
+        self.llm_cache = self.llm.new_cache(slots_per_call * config.max_streams + 1, length)
         self.pool = SlotPool(self.llm_cache, config.max_streams)
+        self.prefill = Prefill(self.llm, self.llm_cache, config, keeps_rows=self.output_projector is not None)
         self._one_row = step_of(self.llm, self.llm_cache, config)
         self.hearing = Hearing(checkpoint, self.device, _DTYPES[config.dtype])
         self.predictor = Predictor(checkpoint, self.device, _DTYPES[config.dtype])
@@ -59,6 +63,7 @@ class Runner:
     def free(self, slot: int) -> None:
         """The slot's stream has ended."""
         self.pool.give_back(slot)
+        self.prefill.free(slot)
         self.sound.free(slot)
 
     @torch.inference_mode()
@@ -66,9 +71,10 @@ class Runner:
         """Run one job. Returns call id → reason for each stream that failed in it."""
         hearing, sound = self.hearing, self.sound
         jobs: dict[JobKind, RunRows] = {
-            JobKind.ENCODE: hearing.encode,
+            JobKind.ENCODE: lambda streams: hearing.encode(streams, now),
+            JobKind.BRANCH: self.prefill.run_branches,
             JobKind.PREDICT: lambda streams: self.predictor.predict(streams, now),
-            JobKind.PREFILL: self._prefill,
+            JobKind.PREFILL: self.prefill.run,
             JobKind.DECODE: self._decode,
             JobKind.VOICE: sound.voice_tokens,
             JobKind.FLOW: sound.mel,
@@ -80,54 +86,6 @@ class Runner:
         return isolated(jobs[job.kind], list(job.streams))
 
     # --------------------------------------------------------------------- text
-
-    def _prefill(self, streams: list[Stream]) -> dict[str, str]:
-        """The next positions of each context, at most `prefill_chunk_tokens` in all."""
-        rows: list[tuple[Stream, int, list[int]]] = []  # stream, first position, ids
-        room = self.config.prefill_chunk_tokens
-        for stream in streams:
-            if room <= 0:
-                break
-            keep = self._cut_to_prefix(stream)
-            rows.append((stream, keep, list(stream.conversation.waiting_ids())[:room]))
-            room -= len(rows[-1][2])
-        width = max(len(ids) for _, _, ids in rows)
-        padded = torch.tensor([ids + [0] * (width - len(ids)) for _, _, ids in rows], device=self.device)
-        slots, num_new = [stream.slot for stream, _, _ in rows], [len(ids) for _, _, ids in rows]
-        hidden = self.llm(padded, cache=self.llm_cache, slots=slots, num_new=num_new)
-
-        def take(row: int, stream: Stream) -> None:
-            self._take_prefill(stream, rows[row][1], rows[row][2], hidden[row, : num_new[row]])
-
-        return each([stream for stream, _, _ in rows], take)
-
-    def _cut_to_prefix(self, stream: Stream) -> int:
-        """Forget what is no longer true of the context; returns how many positions stay."""
-        conversation, reply = stream.conversation, stream.head
-        if reply is not None and not conversation.opening:
-            conversation.retarget("assistant")
-        keep = conversation.common_prefix()
-        if reply is not None and reply.wants_query:
-            keep = min(keep, conversation.user_span[0])
-            reply.wants_query = False
-        self.llm_cache.truncate(stream.slot, keep)
-        conversation.cut(keep)
-        return keep
-
-    def _take_prefill(self, stream: Stream, keep: int, ids: list[int], hidden: Tensor) -> None:
-        """hidden [len(ids), D] of the positions from `keep` on."""
-        conversation, reply = stream.conversation, stream.head
-        if not bool(torch.isfinite(hidden).all()):
-            raise StreamFailure("the LLM's prefill gave NaN")
-        if reply is not None and self.output_projector is not None and not reply.is_forced and reply.voice is None:
-            begin, end = (position - keep for position in conversation.user_span)
-            inside = slice(max(0, begin), max(0, min(len(ids), end)))
-            reply.query_hidden += list(hidden[inside])
-            reply.query_embedding += list(self.llm.embed(torch.tensor(ids, device=self.device)[inside]))
-        conversation.cached_ids += ids
-        if reply is not None and conversation.is_current():
-            reply.hidden = hidden[-1]
-            reply.become(ReplyPhase.DECODING)
 
     def _decode(self, streams: list[Stream]) -> dict[str, str]:
         """Draw (or, for a Say, take) one text token per call and, unless it ends the text, feed it."""
@@ -191,7 +149,7 @@ class Runner:
             self._end_text(stream, reply)
         elif token == self.tool_call:
             reply.tool_ids = []
-            reply.known_numbers = self.number_guide.numbers(stream.conversation.target_ids)
+            reply.known_numbers = self.number_guide.numbers(stream.conversation.text_ids())
         elif token == self.tool_call_end:
             self._end_tool_call(stream, reply)
         elif reply.tool_ids is not None:

@@ -21,6 +21,7 @@ class JobKind(Enum):
     """In the order of the walk."""
 
     ENCODE = "encode"
+    BRANCH = "branch"
     PREDICT = "predict"
     PREFILL = "prefill"
     DECODE = "decode"
@@ -85,7 +86,9 @@ class Scheduler:
         found: list[tuple[Urgency, JobKind, Stream]] = []
         if stream.can_predict:  # before the next chunk: a prediction sees what was there at its moment
             found.append((Urgency.LISTENING, JobKind.PREDICT, stream))
-        elif self._can_encode(stream):
+        elif stream.listening.owes_reading:
+            found.append((Urgency.LISTENING, JobKind.BRANCH, stream))
+        elif self._can_encode(stream) and not (stream.listening.feeds_predictor and stream.owes_reading):
             found.append((Urgency.LISTENING, JobKind.ENCODE, stream))
         if stream.truncations:
             found.append((Urgency.FIRST_CHUNK, JobKind.ALIGN, stream))
@@ -96,7 +99,7 @@ class Scheduler:
     def _urgency(self, stream: Stream, now: float) -> Urgency:
         reply = stream.head
         if reply is None:
-            return Urgency.REST
+            return Urgency.LISTENING if stream.listening.feeds_predictor else Urgency.REST
         if reply.is_draft:
             return Urgency.DRAFT
         if not reply.is_sounding:

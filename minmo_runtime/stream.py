@@ -36,9 +36,10 @@ from minmo_runtime.api import (
     ToolResult,
 )
 from minmo_runtime.config import RuntimeConfig
-from minmo_runtime.conversation import Conversation
+from minmo_runtime.conversation import Conversation, Message
 from minmo_runtime.drafting import Drafting
 from minmo_runtime.ear import Ear, Moment
+from minmo_runtime.listening import Listening, heard_so_far
 from minmo_runtime.rates import Rates, input_samples
 from minmo_runtime.reply import Reply, ReplyPhase
 from minmo_runtime.text import TextTokenizer, normalise_spoken
@@ -83,6 +84,7 @@ class Stream:
         for role, text in request.history:
             self.conversation.add(role, plain(text))
         self.conversation.retarget()
+        self.listening = Listening(self.conversation)
         self.drafting = Drafting(self.ear, self.conversation, config.draft_probability)
         self.replies: deque[Reply] = deque()
         self.last_reply: Reply | None = None  # finished, its audio may still be playing
@@ -120,8 +122,46 @@ class Stream:
                 self._cancel(request, now)
             case DiscardOverlap():
                 self.ear.discard(overlap=True)
+                self.listening.drop()
             case _:
                 raise ValueError("not a request to an open stream")
+
+    def listen(self, now: float) -> None:
+        """More of the caller's voice is there for the LLM: in the call's context while nobody works on it, else on the
+        listening branch."""
+        if self.truncations:
+            return
+        reply = self.replies[0] if self.replies else self.drafting.reply
+        if reply is None and not self.is_agent_speaking(now):
+            self.expect_user_turn()
+            return
+        if not self.listening.is_apart:
+            self._fork(reply or self.last_reply, now)
+        self.listening.grow(self.ear.audio_so_far())
+
+    def _fork(self, reply: Reply | None, now: float) -> None:
+        """The listening branch begins: behind what was heard of the reply, or, before its first sample, in the user
+        turn that it answers."""
+        if reply is None or reply.phase is ReplyPhase.LISTENING:
+            return
+        if reply.is_sounding:
+            base = self.conversation.messages if reply.messages_base is None else reply.messages_base
+            played = reply.num_samples - self.buffered_s(now) * self.rates.output_sample_rate_hz
+            heard = plain(heard_so_far(reply.text, played, reply.num_samples))
+            self.listening.fork([*base, *([Message("assistant", heard)] if heard else [])])
+        elif not reply.is_draft:
+            base = self.conversation.messages if reply.messages_before is None else reply.messages_before
+            self.listening.fork(base, reply.user_audio)
+        elif self.listening.feeds_predictor:
+            assert reply.messages_before is not None, "a draft keeps the conversation before it"
+            self.listening.fork(reply.messages_before)
+
+    @property
+    def owes_reading(self) -> bool:
+        """Whether the duplex predictor waits for the LLM."""
+        if self.replies or self.truncations or self.drafting.reply or not self.listening.feeds_predictor:
+            return self.listening.owes_reading
+        return self.conversation.opening == "user" and not self.conversation.is_current()
 
     def expect_user_turn(self, settled: str = "") -> None:
         """The caller's voice, or what has settled of the words of the open segment, goes into the LLM's cache ahead of
@@ -129,6 +169,7 @@ class Stream:
         has to be undone."""
         if self.replies or self.truncations or self.drafting.reply:
             return
+        self.listening.decide()
         if self.ear.hears_audio and not self.ear.is_typed:
             if audio := self.ear.audio_so_far():
                 self.conversation.retarget("user", audio)
@@ -176,6 +217,7 @@ class Stream:
             self.emit(ReplyTruncated(call_id=self.call_id, turn_id=request.turn_id, heard_text="", generated_text=""))
             return
         self.drop_draft()
+        self.listening.decide()
         if reply in self.replies:
             self.replies.remove(reply)
         self.last_reply = None
@@ -219,6 +261,7 @@ class Stream:
             return
         self.drop_draft()
         reply.messages_before = list(self.conversation.messages)
+        self.listening.decide()
         reply.user_text, reply.user_audio = user_text, audio
         self.conversation.add("user", user_text, audio)
         self.conversation.retarget("assistant")
@@ -318,7 +361,7 @@ class Stream:
             self._add_spoken(plain(heard_text))
         reply.phase = ReplyPhase.DONE
         self.conversation.retarget()
-        if truncation.reason == "false_end":
+        if truncation.reason != "recover":
             self.expect_user_turn(self.ear.running_text())  # what was read of the turn stays in the cache
         self.emit(
             ReplyTruncated(
@@ -378,8 +421,10 @@ class Stream:
 
     @property
     def can_predict(self) -> bool:
-        """Whether everything that the oldest owed prediction may know has been encoded."""
-        return bool(self.moments) and self.moments[0].num_chunks <= self.ear.num_chunks_encoded
+        """Whether everything that the oldest owed prediction may know has been encoded, and read if it reads that."""
+        if not self.moments or (self.listening.feeds_predictor and self.owes_reading):
+            return False
+        return self.moments[0].num_chunks <= self.ear.num_chunks_encoded
 
     def predicted(self, prediction: DuplexPrediction, now: float) -> None:
         """The answer to an owed prediction; at a likely end of the caller's turn a draft begins."""

@@ -170,8 +170,6 @@ def _modules(
     duplex = modules.get("duplex")
     if isinstance(duplex, DuplexPredictor) and duplex.dims.input != "encoder":
         _check_predictor(modules, folder)
-        warnings.append("duplex: weights are there, but the runner has no path for them yet; its bridge stands in")
-        del modules["duplex"]
     return modules, untrained, warnings
 
 
