@@ -83,6 +83,7 @@ class _Model:
     model_type: int = _UNIGRAM
     char_map: bytes = b""
     has_dummy_prefix: bool = True
+    joins_spaces: bool = True  # none at the ends, one between words
 
 
 def sentencepiece_tokenizer(path: Path) -> Tokenizer:
@@ -96,12 +97,15 @@ def sentencepiece_tokenizer(path: Path) -> Tokenizer:
     else:
         scores = [(piece, score) for piece, score, _ in model.pieces]
         tokenizer = Tokenizer(models.Unigram(scores, unk_id=vocab.get(unknown or "", 0), byte_fallback=has_bytes))
-    if model.char_map:
-        tokenizer.normalizer = normalizers.Precompiled(model.char_map)
+    steps: list[normalizers.Normalizer] = [normalizers.Precompiled(model.char_map)] if model.char_map else []
+    if model.joins_spaces:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    tokenizer.normalizer = normalizers.Sequence(steps)
     prepend = "always" if model.has_dummy_prefix else "never"
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend)
     tokenizer.decoder = decoders.Metaspace(prepend_scheme=prepend)
-    marks = [piece for piece, _, kind in model.pieces if kind in (_CONTROL, _USER_DEFINED)]
+    # Never text: tags, and what stands for a character that the model does not have.
+    marks = [piece for piece, _, kind in model.pieces if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)]
     tokenizer.add_special_tokens([AddedToken(mark, normalized=False, special=True) for mark in marks])
     return tokenizer
 
@@ -133,6 +137,8 @@ def _read_model(path: Path) -> _Model:
                         model.char_map = content
                     elif inner == 3:
                         model.has_dummy_prefix = bool(content)
+                    elif inner == 4:
+                        model.joins_spaces = bool(content)
     except (IndexError, struct.error, TypeError, UnicodeDecodeError) as error:
         raise PublicFileError(f"{path}: not a SentencePiece model: {error!r}") from error
     if not model.pieces:

@@ -38,7 +38,7 @@ LOCAL_IMPORTS = {
     "agent/doctor.py": "says that torch is missing instead of failing on it",
     "minmo_runtime/models.py": "huggingface_hub and modelscope are optional",
     "minmo_runtime/prompt_voice.py": "onnxruntime is optional",
-    "minmo_runtime/spoken_form.py": "num2words is optional: nano's voice reads its own text",
+    "minmo_runtime/spoken_numbers.py": "num2words is optional: nano's voice reads its own text",
     "minmo_runtime/server.py": "the fake runtime is served without torch",
     "minmo_runtime/training/vocoder.py": "espeak-ng is there at training time only",
     "telephony/media_worker.py": "FFmpeg is loaded only for an apology at another rate",
