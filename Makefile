@@ -17,7 +17,7 @@ help:
 	@echo "make test    every test (live ones are skipped where their peer is missing)"
 	@echo "make check   format, lint, types, architecture, fast tests, size of the tree"
 	@echo "make bench   real-time factors of the model, frame gaps of the media"
-	@echo "make peers   install the test peers: baresip, SIPp, sipsak, Kamailio, chromium, PostgreSQL (needs root)"
+	@echo "make peers   install the test peers: baresip, SIPp, sipsak, Kamailio, coturn, chromium, PostgreSQL (needs root)"
 
 demo: venv
 	@$(BIN)/minmo demo
@@ -40,7 +40,7 @@ bench: venv
 
 peers:
 	apt-get update
-	apt-get install -y --no-install-recommends baresip-core sip-tester sipsak kamailio chromium fonts-liberation postgresql libspeexdsp1
+	apt-get install -y --no-install-recommends baresip-core sip-tester sipsak kamailio coturn chromium fonts-liberation postgresql libspeexdsp1
 
 venv venv-dev venv-train: setup_python
 	@$(SETUP) scripts/setup_venv.py $(if $(filter venv,$@),run,$(subst venv-,,$@))

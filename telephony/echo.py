@@ -2,10 +2,11 @@
 
 Two parts, both fed with exactly what was sent (ducked, paused and flushed as it was). The *canceller* (libspeexdsp,
 telephony/speexdsp.py) subtracts the echo; it needs some seconds of our voice to learn the line, which the notice at
-the start of a call gives it. The *gate* decides whether a frame is only echo: because what is left lies well below the echo that was taken out, or
-because the last 120 ms correlate with what was sent within `echo_max_delay_ms`. How much likeness is asked for follows
-what the canceller achieves: little before it has learned the line, much afterwards. Under double talk both tests fail
-and the frame counts as the caller's. Echo distorted by a speakerphone is only partly handled. Walk: hop 2.
+the start of a call gives it. The *gate* decides whether a frame is only echo: because what is left lies well below the
+echo that was taken out, or because the last 120 ms correlate with what was sent within `echo_max_delay_ms`. How much
+likeness is asked for follows what the canceller achieves: little before it has learned the line, much afterwards. Under
+double talk both tests fail and the frame counts as the caller's. Echo distorted by a speakerphone is only partly
+handled. Walk: hop 2.
 """
 
 from __future__ import annotations

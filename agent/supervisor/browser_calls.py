@@ -71,7 +71,11 @@ def add_browser_calls(
         token = desk.tickets.sell(did, f"web-{person.name}", f"{person.name} (browser)", now.timestamp())
         expires_at_s = int(now.timestamp()) + settings.turn_credential_s
         servers = ice_servers(settings.ice_urls, desk.turn_secret, person.name, expires_at_s)
-        return {"token": token, "expires_in_s": settings.start_within_s, "ice_servers": servers}
+        policy = "relay" if settings.is_relay_only else "all"
+        return {
+            "token": token, "expires_in_s": settings.start_within_s, "ice_servers": servers,
+            "ice_transport_policy": policy,
+        }  # fmt: skip
 
     @app.post("/api/browser-calls", response_model=BrowserCallAnswer)
     async def offer(request: Request, made: OfferMade) -> dict[str, object]:

@@ -198,8 +198,21 @@ class BrowserCallToken(_Answer):
     token: str
     expires_in_s: int
     ice_servers: list[dict[str, Any]]  # RTCIceServer of W3C webrtc-pc
+    ice_transport_policy: str = "all"  # RTCIceTransportPolicy: all | relay
 
 
 class BrowserCallAnswer(_Answer):
     call_id: str
     sdp: str
+
+
+class DialledCall(_Answer):
+    """The call exists; GET /api/calls/{call_id} tells what becomes of it."""
+
+    call_id: str
+    is_new: bool  # false: this request_id was asked before
+
+
+class DialRefusal(_Answer):
+    error: str  # in words
+    code: str  # of agent/dial_socket.NotDialled

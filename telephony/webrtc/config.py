@@ -52,6 +52,10 @@ class WebRtcConfig:
     turn_credential_s: int = 600
     """How long a TURN credential lets a browser open an allocation, 60-86400."""
 
+    is_relay_only: bool = False
+    """Browsers reach us through the TURN server only (RTCIceTransportPolicy relay): their own addresses stay unknown to
+    the line, and one address and port of ours is enough for a firewall."""
+
     start_within_s: int = 60
     """How long after a call token was made it can start its call, 5-3600."""
 
@@ -92,6 +96,8 @@ class WebRtcConfig:
                 raise refusal("ice_urls", url, "must be like stun:host:3478, turn:host:3478?transport=udp, turns:host")
         if any(url.startswith("turn") for url in self.ice_urls) and not self.turn_secret_file:
             raise refusal("turn_secret_file", "", "must name the file of the TURN server's shared secret")
+        if self.is_relay_only and not any(url.startswith("turn") for url in self.ice_urls):
+            raise refusal("is_relay_only", True, "must be false without a TURN server in ice_urls")
         for key in ("turn_secret_file", "call_token_secret_file"):
             if getattr(self, key):
                 read_secret(key, getattr(self, key))

@@ -138,7 +138,8 @@ class Running:
 
 
 @contextlib.asynccontextmanager
-async def page_with_fake_engine(folder: Path) -> AsyncIterator[Running]:
+async def page_with_fake_engine(folder: Path, **webrtc: object) -> AsyncIterator[Running]:
+    """`webrtc`: settings over one worker of one call."""
     checkpoint = folder / "fake"
     checkpoint.mkdir()
     (checkpoint / "checkpoint.toml").write_text(_FAKE_CHECKPOINT)
@@ -146,7 +147,7 @@ async def page_with_fake_engine(folder: Path) -> AsyncIterator[Running]:
     _, token = Door.open(storage.folder / "web" / "state.json", session_s=3_600.0)
     config = load_config(None, {
         "telephony": {"sip_port": 0}, "storage": {"folder": storage.folder, "recording_policy": "always"},
-        "agent": {"checkpoint": str(checkpoint)}, "web": {"port": 0}, "webrtc": {"max_calls": 1},
+        "agent": {"checkpoint": str(checkpoint)}, "web": {"port": 0}, "webrtc": {"max_calls": 1, **webrtc},
     })  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(REPOSITORY))

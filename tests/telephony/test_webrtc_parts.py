@@ -47,6 +47,7 @@ def tone(at: int, num: int = FRAME) -> np.ndarray:
         ({"port_first": 30_000, "port_last": 30_003, "num_workers": 1, "max_calls": 5}, "each of 5 calls"),
         ({"ice_urls": ("http://x",)}, "ice_urls"),
         ({"ice_urls": ("turn:host:3478?transport=udp",)}, "turn_secret_file"),
+        ({"is_relay_only": True, "ice_urls": ("stun:host:3478",)}, "without a TURN server"),
         ({"call_token_secret_file": "/nowhere"}, "must be a readable file"),
     ],
 )

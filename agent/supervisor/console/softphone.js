@@ -107,7 +107,10 @@ export class Softphone {
   }
 
   async connect(call, ticket) {
-    const connection = (call.connection = new RTCPeerConnection({ iceServers: ticket.ice_servers }));
+    const connection = (call.connection = new RTCPeerConnection({
+      iceServers: ticket.ice_servers,
+      iceTransportPolicy: ticket.ice_transport_policy,
+    }));
     call.sender = connection.addTrack(call.microphone.getAudioTracks()[0], call.microphone);
     call.control = connection.createDataChannel("control");
     connection.addEventListener("track", (event) => this.hear(call, event));
