@@ -15,6 +15,8 @@ REFERENCE = Path(__file__).parents[3] / "shared" / "reference"
 @pytest.fixture(scope="session")
 def golden_dir(request: pytest.FixtureRequest) -> Path:
     given = request.config.getoption("--golden-dir", default=None)
+    if given and not list(Path(given).glob("*_io.safetensors")):
+        pytest.fail(f"--golden-dir {given}: no *_io.safetensors there")  # skipping would look like success
     folder = Path(given) if given else (REFERENCE if REFERENCE.is_dir() else FIXTURES)
     if not folder.is_dir():
         pytest.skip("no golden vectors here")
