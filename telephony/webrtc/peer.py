@@ -92,6 +92,7 @@ class BrowserPeer:
         self.connection = RTCPeerConnection()
         self.mouth = Mouth(is_clicking)
         self.connection.addTrack(self.mouth)
+        self.control = self.connection.createDataChannel("control")
         self.connection.on("track", self._on_track)
         self._connected = asyncio.Event()
         self.connection.on("connectionstatechange", self._on_state)
@@ -124,12 +125,21 @@ class BrowserPeer:
 
     async def call(self, offers: Path, did: str = "100") -> str:
         """ "" when the call is up, else why not."""
-        await self.connection.setLocalDescription(await self.connection.createOffer())
-        offer = Offer(sdp=self.connection.localDescription.sdp, did=did, ani="bench", source_address="127.0.0.1")
+        offer = Offer(sdp=await self.offer(), did=did, ani="bench", source_address="127.0.0.1")
         reply = await send_offer(offers, offer, _CONNECTED_WITHIN_S)
         if not isinstance(reply, Answered):
             return f"{reply.status} {reply.reason}"
-        await self.connection.setRemoteDescription(RTCSessionDescription(reply.sdp, "answer"))
+        return await self.take(reply.sdp)
+
+    async def offer(self) -> str:
+        """Our SDP, complete with candidates."""
+        await self.connection.setLocalDescription(await self.connection.createOffer())
+        sdp: str = self.connection.localDescription.sdp
+        return sdp
+
+    async def take(self, answer_sdp: str) -> str:
+        """ "" when the call is up, else why not."""
+        await self.connection.setRemoteDescription(RTCSessionDescription(answer_sdp, "answer"))
         try:
             await asyncio.wait_for(self._connected.wait(), _CONNECTED_WITHIN_S)
         except TimeoutError:
