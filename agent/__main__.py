@@ -1,4 +1,4 @@
-"""The command line: `minmo serve | demo | call | train | eval | lab | bench | doctor | access | db | campaign`.
+"""The command line: `minmo serve | demo | call | dial | train | eval | lab | bench | doctor | access | db | campaign`.
 
 Thin: each command reads the settings, calls one function elsewhere and turns its answer into text and an exit status.
 Modules are imported inside the commands: `minmo db show` does not wait for torch, and runs where an extra is missing.
@@ -119,6 +119,28 @@ def call(
         typer.echo(json.dumps(call_once(uri, play=play, record=record, dtmf=dtmf), indent=2))
     except ValueError as error:
         fail(str(error))
+
+
+@app.command(name="dial")
+def dial_command(
+    party: Annotated[str, typer.Argument(help="A number by the campaign's trunks, or sip:user@host.")],
+    campaign_name: Annotated[str, typer.Option("--campaign", help="For which campaign.")],
+    request_id: Annotated[str, typer.Option(help="The same again places no second call.")] = "",
+    wait: Annotated[bool, typer.Option(help="Until the call is over; exit 0 only if it was answered.")] = False,
+    config: ConfigFile = None,
+) -> None:
+    """Let the running agent call somebody for a campaign; prints JSON."""
+    from agent.dial_command import ANSWERED, DialRefused, dial
+    from agent.dial_socket import Dial
+
+    target = {"uri": party} if party.startswith("sip:") else {"number": party}
+    wanted = Dial(campaign=campaign_name, request_id=request_id, actor=f"cli:{getpass.getuser()}", **target)
+    try:
+        shown = dial(settings(config), wanted, is_waiting=wait)
+    except DialRefused as error:
+        fail(str(error))
+    typer.echo(json.dumps(shown, indent=2))
+    raise typer.Exit(wait and shown["disposition"] not in ANSWERED)
 
 
 @app.command()

@@ -16,18 +16,30 @@ import json
 import logging
 import os
 import signal
+from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from agent import rendering
 from agent.checkpoint import checkpoint_facts, checkpoint_folder
 from agent.config import Config
+from agent.dial_socket import serve as serve_dialling
 from agent.engine_link import EngineLink
 from agent.events import ShutDown
 from agent.live_call import utc_now
+from agent.outbound import Dialler
 from agent.prompts.lines import LineBook
 from agent.reception import Reception
-from agent.run_folder import ENGINE_SOCKET, MONITOR_SOCKET, browser_socket, media_socket, read_settings
+from agent.run_folder import (
+    DIAL_SOCKET,
+    ENGINE_SOCKET,
+    MONITOR_SOCKET,
+    browser_socket,
+    media_socket,
+    note_run_folder,
+    read_settings,
+)
 from policies.engine import PolicyEngine
 from storage.calls import CallStore
 from telephony.client import WorkerClient, WorkerLost
@@ -57,6 +69,7 @@ class AgentProcess:
             config.policies,
             checkpoint_facts(folder),
             handoff_uri=config.handoff.uri,
+            handoff_manner=config.handoff.manner,
             recording=config.storage.recording_policy,
             line_keys=book.keys,
         )
@@ -76,10 +89,14 @@ class AgentProcess:
                 group.create_task(self._serve_workers(group), name="agent/workers")
                 group.create_task(self._watch_parent(parent_pid), name="agent/parent")
                 monitor = await self.reception.monitor.serve(self.run_folder / MONITOR_SOCKET)
+                dialler = Dialler(self.reception, self.reception.workers, lambda work, name: _spawn(group, work, name))
+                dialling = await serve_dialling(self.run_folder / DIAL_SOCKET, dialler.dial)
+                note_run_folder(self.config.storage.folder, self.run_folder)
                 await self._draining.wait()
                 self.reception.is_closing = True
                 await self._last_calls()
                 monitor.close()
+                dialling.close()
                 raise _AgentOver  # and with it every task that is left
         except* _AgentOver:
             pass
@@ -132,10 +149,15 @@ class AgentProcess:
                 group.create_task(self._close_orphans(), name="agent/orphans")
                 print(json.dumps({"ready": True, "sip_port": client.hello.sip_port}), flush=True)
             client.on_security_event = self._on_security_event
+            can_call = client.hello.sip_port > 0  # browsers cannot be called
+            if can_call:
+                self.reception.workers.add(client)
             try:
                 async for leg in client.legs():
                     group.create_task(self.reception.guard(leg), name=f"agent/leg-{leg.leg_id}")
             finally:
+                if can_call:
+                    self.reception.workers.remove(client)
                 await client.close()
             if not self._draining.is_set():
                 log.warning("the media worker is gone")
@@ -170,6 +192,10 @@ class AgentProcess:
         log.error("the parent process is gone")
         self._ending.set()
         self._draining.set()
+
+
+def _spawn(group: asyncio.TaskGroup, work: Coroutine[Any, Any, None], name: str) -> None:
+    group.create_task(work, name=name)
 
 
 class _AgentOver(Exception):

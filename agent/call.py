@@ -42,6 +42,7 @@ from agent.translate import predicted
 from agent.turn_taking import TurnTaking
 from minmo_runtime import api
 from telephony import leg as tel
+from telephony.sip.causes import disposition_of_unanswered
 
 
 class Call:
@@ -136,6 +137,8 @@ class Call:
                 # What the dead engine did not answer is said again as the open turn, so it is not history yet.
                 open_turn = self.caller.turn_id if self.runtime.owed_text else ""
                 self.runtime.open(self._system_prompt(), self.transcript.history(without=open_turn))
+            case own.PersonRinging() if self.turns.state is State.LISTENING and not self.turns.is_caller_voiced(now):
+                self._floor(floor.LineWanted("transfer_wait"), now)
             case own.Tick():
                 self._on_tick(now)
             case own.RecordingWanted():
@@ -164,7 +167,7 @@ class Call:
         is_first, runtime = self.runtime.opened(event), self.runtime
         if is_first and not self._is_confirmed:
             self.context.add(tel.Answer(leg_id=self.leg_id))
-            self._floor(floor.Ringing((self._notice(), floor.LineWanted("greeting"))), now)
+            self._floor(floor.Ringing((self._notice(), floor.LineWanted(self.setup.greeting))), now)
         elif runtime.waiting_reply in self.agent.purposes:
             runtime.start_reply(runtime.waiting_reply, runtime.owed_text, "")
         elif runtime.owed_text:
@@ -204,12 +207,15 @@ class Call:
             self._carry(self.desk.cut(turn.turn_id))
         self._floor(floor.Gone(), now)
         cause = self._cause if event.by == "agent" and self._cause else event.cause
-        if cause == event.cause and not self._is_confirmed:
+        if not self._is_confirmed and self.setup.facts.direction == "outbound":
+            self._disposition = disposition_of_unanswered(cause, event.by)
+        elif cause == event.cause and not self._is_confirmed:
             self._disposition = "abandoned"
         elif cause == event.cause and event.by == "network":
             self._disposition = "failed"
         self.runtime.close()
         self.context.keep_figures(self.engine.figures())
+        self.context.journal("leg_ended", cause=event.cause, sip_status=event.sip_status, by=event.by)
         fields = {"disposition": self._disposition, "cause": cause, "ended_by": event.by}
         self.context.keep("close_call", **fields, end_sample=self.context.sample)
         self.context.add(own.EndCall())

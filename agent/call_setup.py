@@ -34,6 +34,11 @@ class CallSetup:
     rendered_rate_hz: int = 24_000
     seed: int = 0
 
+    @property
+    def greeting(self) -> str:
+        """Key of the first line after the notice."""
+        return "outbound_greeting" if self.facts.direction == "outbound" else "greeting"
+
     def floor_rules(self) -> TurnTakingConfig:
         """The operator's turn taking, with the manner of the campaign over it."""
         values: dict[str, Any] = {**self.policy.duplex(self.facts).values}

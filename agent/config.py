@@ -23,6 +23,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from agent.floor import TurnTakingConfig
 from agent.supervisor.config import WebConfig
 from minmo_runtime.config import RuntimeConfig
+from policies.campaign import HANDOFF_MANNERS
 from policies.config import PoliciesConfig
 from storage.config import StorageConfig
 from telephony.config import TelephonyConfig
@@ -63,10 +64,29 @@ class HandoffConfig:
     """Where a caller who wants a person goes."""
 
     uri: str = ""
-    """Target of the blind REFER, verbatim: sip:user@host, sips:user@host or tel:+390...; empty = a callback request is
-    stored instead. A campaign may name its own."""
+    """Who is called, verbatim: sip:user@host, sips:user@host or tel:+390...; empty = a callback request is stored
+    instead. A campaign may name its own."""
+
+    manner: str = "blind"
+    """blind: the caller is sent there by REFER. warm: the agent calls the person (telephony.outbound_hosts, or a tel:
+    number by the trunks), sums up what was said, and connects the two when the person takes the call; it stays with
+    the caller if nobody does. A campaign may choose its own."""
+
+    accept_digit: str = "1"
+    """Key by which the person takes a warm hand-off, 0-9, * or #."""
+
+    ring_s: float = 25.0
+    """How long the person's telephone rings, 5-120."""
+
+    accept_s: float = 10.0
+    """How long after the summary the person may still press the key, 2-60."""
 
     def __post_init__(self) -> None:
+        _in_range("handoff", self, ring_s=(5.0, 120.0), accept_s=(2.0, 60.0))
+        if self.manner not in HANDOFF_MANNERS:
+            raise ConfigError(f"handoff.manner = {self.manner!r}: must be {' or '.join(HANDOFF_MANNERS)}")
+        if not re.fullmatch(r"[0-9*#]", self.accept_digit):
+            raise ConfigError(f"handoff.accept_digit = {self.accept_digit!r}: must be one of 0-9, * and #")
         if self.uri and not _REFER_TARGET.fullmatch(self.uri):
             raise ConfigError(f"handoff.uri = {self.uri!r}: must be sip:user@host, sips:user@host or tel:number")
 

@@ -1,7 +1,8 @@
 """What happens when the model shall not answer: not understood, keypad, a person, a callback.
 
 Keeps the facts of the call that policies ask for, asks them, and says which line is said. A transfer is announced
-first; the REFER goes out when the announcement was heard, and one that is refused becomes a callback. Pure.
+first; the REFER goes out, or the person is called, when the announcement was heard. What fails becomes a callback.
+Pure.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import msgspec
 
 from agent.call_context import CallContext
+from agent.events import CallPerson
 from policies.decisions import EscalationDecision
 from policies.engine import PolicyEngine
 from policies.facts import CallFacts
@@ -24,6 +26,8 @@ class Escalation:
     facts: CallFacts
     min_confidence: float
     refer_to: str = ""  # set when a person can be reached
+    is_warm: bool = False  # the person is called and told first
+    is_under_way: bool = False  # and no outcome yet
     has_callback: bool = False
     _announcing: str = ""  # the turn that announces the transfer
 
@@ -66,10 +70,17 @@ class Escalation:
             self.refer()
 
     def refer(self) -> None:
-        self.context.add(tel.Refer(leg_id=self.context.leg_id, refer_to=self.refer_to))
+        if self.is_under_way:  # the caller asked again while the person's telephone rings
+            return
+        self.is_under_way = True
+        if self.is_warm:
+            self.context.add(CallPerson(self.refer_to))
+        else:
+            self.context.add(tel.Refer(leg_id=self.context.leg_id, refer_to=self.refer_to))
 
     def referred(self, event: tel.ReferResult) -> str:
         """The line to say; "" when the caller has been taken over."""
+        self.is_under_way = False
         self.context.journal("refer_result", sip_status=event.sip_status, reason=event.reason)
         if 200 <= event.sip_status < 300:
             return ""
@@ -77,7 +88,7 @@ class Escalation:
 
     def _to_person(self, decision: EscalationDecision) -> str:
         if decision.action == "transfer" and decision.refer_to:
-            self.refer_to = decision.refer_to
+            self.refer_to, self.is_warm = decision.refer_to, decision.is_warm
             return "transfer_start"
         return self.callback_line("; ".join(decision.reasons))
 

@@ -51,6 +51,11 @@ class RuntimeReady:
 
 
 @dataclass(frozen=True)
+class PersonRinging:
+    """The person who shall take over is still being called: the caller must not wait in silence."""
+
+
+@dataclass(frozen=True)
 class Tick:
     """Time has passed (at least ten times a second)."""
 
@@ -70,7 +75,9 @@ class RecordingWanted:
     by: str  # supervisor:<name>
 
 
-OwnEvent = Start | Resumed | ToolFinished | RuntimeLost | RuntimeReady | Tick | RecordingWanted | ShutDown
+OwnEvent = (
+    Start | Resumed | ToolFinished | RuntimeLost | RuntimeReady | PersonRinging | Tick | RecordingWanted | ShutDown
+)  # fmt: skip
 CallEvent = LegEvent | RuntimeEvent | OwnEvent
 
 # ------------------------------------------------------------------------ actions
@@ -110,9 +117,16 @@ class ReopenRuntime:
 
 
 @dataclass(frozen=True)
+class CallPerson:
+    """Warm hand-off: call this target, tell what was said, connect. Answered by `telephony.leg.ReferResult`."""
+
+    target: str
+
+
+@dataclass(frozen=True)
 class EndCall:
     """Nothing more will come of this call."""
 
 
-OwnAction = RunTool | CommitTool | Keep | ReopenRuntime | EndCall
+OwnAction = RunTool | CommitTool | Keep | ReopenRuntime | CallPerson | EndCall
 CallAction = LegCommand | RuntimeRequest | OwnAction

@@ -9,18 +9,22 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import logging
+import uuid
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from typing import Any
 
 from agent.call import Call
+from agent.consultation import HandOffDesk
 from agent.engine_link import EngineLink
 from agent.events import (
     CallAction,
     CallEvent,
+    CallPerson,
     CommitTool,
     EndCall,
     Keep,
+    PersonRinging,
     RecordingWanted,
     ReopenRuntime,
     Resumed,
@@ -52,14 +56,17 @@ class LiveCall:
 
     def __init__(
         self, call: Call, leg: tel.Leg, engines: EngineLink, store: CallStore, writer: Executor, shop: Shop,
-        clock: Callable[[], dt.datetime] = utc_now,
+        clock: Callable[[], dt.datetime] = utc_now, hand_off: HandOffDesk | None = None,
     ) -> None:  # fmt: skip
-        """`writer` runs the store's methods, one after another, off the loop (each may wait for the disk)."""
+        """`writer` runs the store's methods, one after another, off the loop (each may wait for the disk). `hand_off`:
+        calls a person for a warm hand-off."""
         self.call, self.leg, self.engines, self.store = call, leg, engines, store
         self._writer, self._shop, self._clock = writer, shop, clock
         self._inbox: asyncio.Queue[CallEvent] = asyncio.Queue(MAX_INBOX)
         self._runtime: api.Runtime | None = None
         self._group: asyncio.TaskGroup | None = None
+        self._hand_off = hand_off
+        self._handoff_id = ""  # of the person who is being called now
         self._name = f"call-{call.call_id}"
 
     async def run(self, first: Start | Resumed = START) -> None:
@@ -105,6 +112,8 @@ class LiveCall:
     async def _carry_out(self, action: CallAction) -> None:
         match action:
             case Keep():
+                if action.method == "close_call":
+                    self._note_handoff("abandoned", "the caller hung up", "")
                 self._keep(action)
             case RunTool():
                 self._spawn("tool", self._run_tool(action))
@@ -113,6 +122,8 @@ class LiveCall:
             case ReopenRuntime():
                 self._runtime = None
                 self._spawn("engine", self._find_engine())
+            case CallPerson(target=target):
+                self._spawn("person", self._call_person(target))
             case EndCall():
                 pass
             case api.OpenStream():
@@ -167,6 +178,33 @@ class LiveCall:
         now = self._clock()
         state, result = await asyncio.get_running_loop().run_in_executor(self._writer, self._shop.commit, heard, now)
         self._keep(self.call.desk.committed(heard, state, result))
+
+    # --------------------------------------------------------------- a person to take over
+
+    async def _call_person(self, target: str) -> None:
+        """Cancelled with the call: then nobody is called any more."""
+        if self._hand_off is None:
+            await self._inbox.put(tel.ReferResult(leg_id=self.leg.leg_id, sip_status=501, reason="no hand-off here"))
+            return
+        self._handoff_id = f"h{uuid.uuid4().hex[:8]}"
+
+        def note(state: str, reason: str, summary: str) -> None:
+            self._note_handoff(state, reason, summary, target)
+
+        result = await self._hand_off.call_person(
+            self.call.setup, self.leg, target, note, lambda: self.post(PersonRinging())
+        )
+        if result is not None:
+            await self._inbox.put(result)
+
+    def _note_handoff(self, state: str, reason: str, summary: str, target: str = "") -> None:
+        """Nothing when nobody is being called."""
+        if not self._handoff_id:
+            return
+        fields = {"handoff_id": self._handoff_id, "state": state, "reason": reason}
+        self._keep(Keep("record_handoff", fields | {"target": target, "summary": summary}))
+        if state not in ("calling", "answered"):
+            self._handoff_id = ""
 
     # ----------------------------------------------------------------------- sources
 

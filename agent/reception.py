@@ -10,19 +10,22 @@ import asyncio
 import contextlib
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
-from typing import Any
+from typing import Any, Protocol
 
 from agent.call import Call
 from agent.call_setup import CallSetup
 from agent.config import Config
+from agent.consultation import HandOffDesk
 from agent.engine_link import EngineLink
 from agent.events import Resumed, Start
 from agent.live_call import START, LiveCall, utc_now
 from agent.monitor import Monitor
 from agent.prompts.lines import LineBook
 from agent.tools.shop import Shop
+from agent.workers import Workers
+from minmo_runtime.api import RuntimeOverloaded
 from policies.campaign import Campaign
 from policies.engine import PolicyEngine
 from policies.facts import CallFacts
@@ -35,6 +38,15 @@ from telephony.client import WorkerLeg
 from telephony.frames import Tap
 
 log = logging.getLogger(__name__)
+
+
+class TakenLeg(tel.Leg, Protocol):
+    """A leg that a call can be made of: a worker's, or one that we dial (agent/outbound.py)."""
+
+    direction: str
+    sample_rate_hz: int
+
+    def set_tap(self, tap: Tap | None) -> None: ...
 
 
 class Reception:
@@ -53,6 +65,25 @@ class Reception:
         self.no_calls = asyncio.Event()
         self.no_calls.set()
         self.is_closing = False  # no new calls
+        self.workers = Workers()
+        self.hand_off = HandOffDesk(config.handoff, store, writer, engines, self.workers, self.reserve)
+        self._num_reserved = 0
+
+    @property
+    def num_busy(self) -> int:
+        """Streams of the engine that are taken or promised."""
+        return len(self.calls) + self._num_reserved
+
+    @contextlib.contextmanager
+    def reserve(self) -> Iterator[None]:
+        """One more stream of the engine; RuntimeOverloaded when there is none."""
+        if self.num_busy >= self.config.runtime.max_streams:
+            raise RuntimeOverloaded(f"{self.num_busy} of {self.config.runtime.max_streams} places taken")
+        self._num_reserved += 1
+        try:
+            yield
+        finally:
+            self._num_reserved -= 1
 
     async def guard(self, leg: WorkerLeg) -> None:
         """A failed call never takes down another."""
@@ -82,7 +113,7 @@ class Reception:
             is_number_withheld=incoming.is_withheld,
             headers={name: value for name, value in incoming.headers.items() if name.lower().startswith("x-")},
         )
-        admission = self.policy.admit(facts, len(self.calls), self.config.runtime.max_streams)
+        admission = self.policy.admit(facts, self.num_busy, self.config.runtime.max_streams)
         campaign = self.policy.campaign_for(incoming.did)
         if self.is_closing:
             await self._refuse(leg, 503, self.config.policies.retry_after_s, "this agent is closing")
@@ -105,22 +136,49 @@ class Reception:
 
     async def _begin(self, leg: WorkerLeg, incoming: tel.LegIncoming, facts: CallFacts, campaign: Campaign) -> None:
         try:
-            await self._write(lambda: self._open(leg, incoming, facts, campaign))
+            await self._write(lambda: self._open(
+                leg, facts, campaign, did=incoming.did, ani=incoming.ani, source_address=incoming.source_address,
+                display_name=incoming.display_name[:200],
+            ))  # fmt: skip
         except StorageFull as error:
             await self._refuse(leg, 503, self.config.policies.retry_after_s, str(error))
             return
         await self._run(self._live_call(leg, facts, campaign))
 
-    def _open(self, leg: WorkerLeg, incoming: tel.LegIncoming, facts: CallFacts, campaign: Campaign) -> None:
+    async def open_outbound(
+        self, leg: TakenLeg, facts: CallFacts, campaign: Campaign, *, party: str, caller_id: str, source: str
+    ) -> None:
+        """Its record, before anything is sent, and where others can read it; StorageFull. `source`: who wanted the
+        call."""
+
+        def write() -> None:
+            self._open(leg, facts, campaign, did=party, ani=caller_id, source_address=source)
+            self.store.flush()
+
+        await self._write(write)
+
+    async def run_outbound(self, leg: TakenLeg, facts: CallFacts, campaign: Campaign) -> None:
+        """Lasts as long as the call."""
+        try:
+            await self._run(self._live_call(leg, facts, campaign))
+        except Exception:
+            log.exception("leg %s failed", leg.leg_id)
+            await leg.send(tel.Hangup(leg_id=leg.leg_id, cause="agent_error"))
+            await self._close_failed(facts.call_id, "agent_error")
+
+    def _open(
+        self, leg: TakenLeg, facts: CallFacts, campaign: Campaign, *, did: str, ani: str, source_address: str,
+        display_name: str = "",
+    ) -> None:  # fmt: skip
         style = self.policy.style(facts)
         self.store.open_call(
             facts.call_id,
-            did=incoming.did,
-            ani=incoming.ani,
-            display_name=incoming.display_name[:200],
+            did=did,
+            ani=ani,
+            display_name=display_name,
             direction=leg.direction,
             campaign=campaign.name,
-            source_address=incoming.source_address,
+            source_address=source_address,
             sample_rate_hz=leg.sample_rate_hz,
             now=facts.started_at,
         )
@@ -130,7 +188,7 @@ class Reception:
         decided = {name: list(v) if isinstance(v, tuple) else v for name, v in _fields(style).items()}
         self.store.update_call(facts.call_id, style=decided, language=style.language, now=facts.started_at)
 
-    def _live_call(self, leg: WorkerLeg, facts: CallFacts, campaign: Campaign) -> LiveCall:
+    def _live_call(self, leg: TakenLeg, facts: CallFacts, campaign: Campaign) -> LiveCall:
         handoff = campaign.handoff_uri or self.config.handoff.uri
         setup = CallSetup(
             call_id=facts.call_id,
@@ -147,7 +205,7 @@ class Reception:
             rendered_rate_hz=self.rendered_rate_hz,
         )
         shop = Shop(self.store, facts.call_id, campaign.name, can_transfer=bool(handoff))
-        return LiveCall(Call(setup), leg, self.engines, self.store, self.writer, shop)
+        return LiveCall(Call(setup), leg, self.engines, self.store, self.writer, shop, hand_off=self.hand_off)
 
     async def _run(self, live: LiveCall, first: Start | Resumed = START) -> None:
         """A call that is cancelled stays in `calls`, for `close_what_is_left`."""
@@ -172,11 +230,16 @@ class Reception:
     async def _resume(self, leg: WorkerLeg, orphan: Orphan) -> None:
         """Its record goes on, and so do its recording and the conversation."""
         row = self.store.reader.get_call(orphan.call_id)
-        campaign = self.policy.campaign_for(row["did"])
+        is_outbound = row["direction"] == "outbound"
+        named = self.policy.campaign_named(row["campaign"])
+        campaign = named if is_outbound else self.policy.campaign_for(row["did"])
         if campaign is None:
             await leg.send(tel.Hangup(leg_id=leg.leg_id, cause="campaign_gone"))
             return
-        facts = CallFacts(call_id=orphan.call_id, did=row["did"], ani=row["ani"], started_at=row["started_at"])
+        did, ani = (campaign.dids[0], row["did"]) if is_outbound else (row["did"], row["ani"])
+        facts = CallFacts(
+            call_id=orphan.call_id, did=did, ani=ani, direction=row["direction"], started_at=row["started_at"]
+        )
         live = self._live_call(leg, facts, campaign)
         self.calls[orphan.call_id] = live  # now: the orphans are closed a moment from here
         self.no_calls.clear()
@@ -221,7 +284,7 @@ def history_of(orphan: Orphan) -> tuple[tuple[str, str], ...]:
     return tuple(row for row in rows.values() if row[1])
 
 
-def _record(leg: WorkerLeg, recorder: CallRecorder, monitor: Tap) -> None:
+def _record(leg: TakenLeg, recorder: CallRecorder, monitor: Tap) -> None:
     """Both taps of a call: its recording and whoever listens. They read and cannot change."""
 
     def tap(start_sample: int, caller_pcm: bytes, agent_pcm: bytes) -> None:

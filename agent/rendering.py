@@ -8,6 +8,7 @@ apologies).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime as dt
 import hashlib
 import itertools
@@ -85,16 +86,21 @@ async def render(runtime: api.Runtime, folder: Path, texts: Iterable[str], syste
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     for index, text in enumerate(texts):
         # A stream each: within one, the engine makes audio only a few seconds ahead of when it would be played.
-        pcm, rate_hz = await _speak(runtime, f"{STREAM_ID}-{index}", text, system_prompt)
+        pcm, rate_hz = await speak(runtime, f"{STREAM_ID}-{index}", text, system_prompt)
         _write(path_of(folder, text), pcm, rate_hz)
 
 
-async def _speak(runtime: api.Runtime, stream_id: str, text: str, system_prompt: str) -> tuple[bytes, int]:
+async def speak(runtime: api.Runtime, stream_id: str, text: str, system_prompt: str) -> tuple[bytes, int]:
+    """One sentence as audio, and its rate; takes a stream of the engine meanwhile."""
     await runtime.send(api.OpenStream(call_id=stream_id, system_prompt=system_prompt))
     await runtime.send(api.Say(call_id=stream_id, turn_id="r", text=text))
     listening = asyncio.create_task(_be_silent(runtime, stream_id), name=f"{stream_id}/silence")
     try:
         return await _collect(runtime, stream_id, text)
+    except BaseException:  # cancellation too: the engine must not keep the stream
+        with contextlib.suppress(api.StreamLost):
+            await runtime.send(api.CloseStream(call_id=stream_id))
+        raise
     finally:
         listening.cancel()
         await asyncio.gather(listening, return_exceptions=True)

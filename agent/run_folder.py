@@ -17,6 +17,8 @@ from agent.config import DERIVED, Config, ConfigError, build_config
 
 ENGINE_SOCKET, MEDIA_SOCKET, SETTINGS_FILE = "engine.sock", "media.sock", "settings.json"
 MONITOR_SOCKET = "monitor.sock"
+DIAL_SOCKET = "dial.sock"
+_WHERE_FILE = "run-folder"  # in the storage folder: where the running agent's sockets are
 
 
 def media_socket(index: int) -> str:
@@ -44,6 +46,21 @@ def make_run_folder(wanted: str) -> Path:
     if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
         raise ConfigError(f"agent.run_folder = {wanted!r}: must belong to this user with mode 0700")
     return folder
+
+
+def note_run_folder(storage_folder: Path, run_folder: Path) -> None:
+    """For `minmo dial`, another program of this user."""
+    storage_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with os.fdopen(os.open(storage_folder / _WHERE_FILE, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(str(run_folder.absolute()))
+
+
+def find_run_folder(config: Config) -> Path | None:
+    """Of the agent that runs with these settings, None when it never ran; it may have ended since."""
+    if config.agent.run_folder:
+        return Path(config.agent.run_folder)
+    where = config.storage.folder / _WHERE_FILE
+    return Path(where.read_text(encoding="utf-8")) if where.is_file() else None
 
 
 def write_settings(config: Config, folder: Path) -> Path:

@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from agent.run_folder import MONITOR_SOCKET, offer_socket, read_settings
+from agent.run_folder import DIAL_SOCKET, MONITOR_SOCKET, offer_socket, read_settings
 from agent.supervisor.serve import browser_desk, run_web
 
 
@@ -30,6 +30,7 @@ def main() -> None:
         parent_pid=arguments.parent_pid,
         desk=browser_desk(config.webrtc, offers, config.telephony.answer_timeout_s),
         monitor_socket=arguments.run_folder / MONITOR_SOCKET,
+        dial_socket=arguments.run_folder / DIAL_SOCKET,
         on_ready=lambda url: print(json.dumps({"ready": True, "url": url}), flush=True),
     )
 

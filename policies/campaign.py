@@ -15,6 +15,7 @@ import msgspec
 from policies.consent import RECORDING_MODES
 from policies.duplex_manner import DuplexManner, manner_faults
 from policies.facts import CheckpointFacts
+from policies.outbound import OutboundRules, outbound_faults
 from policies.persona import Persona
 from policies.speaking_style import StyleRules, unsupported_values
 
@@ -22,6 +23,7 @@ TOOLS = (
     "look_up_order", "opening_hours", "change_delivery", "transfer", "hang_up", "request_callback",
     "pause_recording", "go_on_recording",
 )  # fmt: skip
+HANDOFF_MANNERS = ("blind", "warm")
 _DID = re.compile(r"\+?[0-9]{1,15}|[a-z][a-z0-9_.-]{0,63}")  # E.164, an extension, or the user part of a SIP URI
 _HANDOFF_URI = re.compile(r"(sips?:[^\s<>\"]+@[^\s<>\"]+|tel:\+?[0-9]+)")
 
@@ -35,6 +37,8 @@ class Campaign(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     order_digits: int = 0  # length of an order number; 0 = the line has none
     recording: str = ""  # off | after_notice | always, at most the operator's setting; "" = that setting
     handoff_uri: str = ""  # "speak to a person"; "" = handoff.uri
+    handoff_manner: str = ""  # blind | warm; "" = handoff.manner
+    outbound: OutboundRules | None = None  # whom it may call; without it nobody
     duplex: DuplexManner = DuplexManner()  # how the floor is taken and yielded
     lines: dict[str, tuple[str, ...]] = {}  # fixed sentences in this line's own words (greeting, goodbye ...)
     name: str = ""  # set from the file name, never from the file
@@ -90,7 +94,9 @@ def campaign_faults(campaign: Campaign, checkpoint: CheckpointFacts, line_keys: 
         faults.append(f"recording = {campaign.recording!r}: must be one of {', '.join(RECORDING_MODES)}")
     if campaign.handoff_uri and not _HANDOFF_URI.fullmatch(campaign.handoff_uri):
         faults.append(f"handoff_uri = {campaign.handoff_uri!r}: must be sip:user@host, sips:user@host or tel:number")
-    faults += manner_faults(campaign.duplex)
+    if campaign.handoff_manner not in ("", *HANDOFF_MANNERS):
+        faults.append(f"handoff_manner = {campaign.handoff_manner!r}: must be {' or '.join(HANDOFF_MANNERS)}")
+    faults += manner_faults(campaign.duplex) + outbound_faults(campaign.outbound)
     for key, text in (("shop", campaign.shop), ("persona.name", campaign.persona.name)):
         if not text.strip():
             faults.append(f"{key} = {text!r}: must not be empty")

@@ -31,9 +31,20 @@ class AdmissionDecision(msgspec.Struct, frozen=True, kw_only=True):
     reasons: tuple[str, ...] = ()
 
 
+class OutboundDecision(msgspec.Struct, frozen=True, kw_only=True):
+    """May this campaign call this party; by which trunks and as whom."""
+
+    is_allowed: bool
+    trunks: tuple[str, ...] = ()
+    caller_id: str = ""
+    display_name: str = ""
+    reasons: tuple[str, ...] = ()
+
+
 class EscalationDecision(msgspec.Struct, frozen=True, kw_only=True):
     """action: none | offer_keypad | transfer | callback_request."""
 
     action: str
     refer_to: str = ""
+    is_warm: bool = False  # the person is called and told first, then connected
     reasons: tuple[str, ...] = ()

@@ -12,6 +12,7 @@
     engine.disclose(facts)      Disclosure: .line is the key of the protected sentence, to be heard in full
     engine.recording(facts)     RecordingDecision: .mode off | after_notice | always
     engine.escalate(facts)      EscalationDecision: none | offer_keypad | transfer | callback_request
+    engine.outbound(campaign, number, uri)      OutboundDecision: may it call there, by which trunks, as whom
 
 `facts` is a `CallFacts`; build a new one when something changes (`msgspec.structs.replace(facts,
 num_turns_not_understood=2)`) and ask again: nothing is remembered here. No clock and, after `load`, no I/O. What is
@@ -27,11 +28,12 @@ from pathlib import Path
 from policies.campaign import Campaign, CampaignProblem, load_campaigns
 from policies.config import PoliciesConfig
 from policies.consent import RecordingDecision, decide_recording
-from policies.decisions import AdmissionDecision, DuplexDecision, EscalationDecision, StyleDecision
+from policies.decisions import AdmissionDecision, DuplexDecision, EscalationDecision, OutboundDecision, StyleDecision
 from policies.disclosure import Disclosure, disclose
 from policies.duplex_manner import decide_duplex
 from policies.escalation import decide_escalation
 from policies.facts import CallFacts, CheckpointFacts
+from policies.outbound import decide_outbound
 from policies.speaking_style import decide_style
 
 SHIPPED_CAMPAIGNS = Path(__file__).parent / "campaigns"
@@ -47,6 +49,7 @@ class PolicyEngine:
     campaigns: tuple[Campaign, ...]
     problems: tuple[CampaignProblem, ...] = ()
     handoff_uri: str = ""
+    handoff_manner: str = "blind"
     most_recording: str = "after_notice"
 
     @classmethod
@@ -56,6 +59,7 @@ class PolicyEngine:
         checkpoint: CheckpointFacts,
         *,
         handoff_uri: str = "",
+        handoff_manner: str = "blind",
         recording: str = "after_notice",
         line_keys: frozenset[str] = frozenset(),
     ) -> PolicyEngine:
@@ -71,7 +75,7 @@ class PolicyEngine:
             raise ValueError(
                 f"policies.default_campaign = {config.default_campaign!r}: must be one of {', '.join(sorted(names))}"
             )
-        return cls(config, campaigns, problems, handoff_uri, recording)
+        return cls(config, campaigns, problems, handoff_uri, handoff_manner, recording)
 
     def campaign_for(self, did: str) -> Campaign | None:
         by_number = next((c for c in self.campaigns if did in c.dids), None)
@@ -117,8 +121,17 @@ class PolicyEngine:
         return disclose(self.recording(facts))
 
     def escalate(self, facts: CallFacts) -> EscalationDecision:
-        uri = self._campaign(facts).handoff_uri or self.handoff_uri
-        return decide_escalation(facts, self.config, uri)
+        campaign = self._campaign(facts)
+        uri = campaign.handoff_uri or self.handoff_uri
+        is_warm = (campaign.handoff_manner or self.handoff_manner) == "warm"
+        return decide_escalation(facts, self.config, uri, is_warm)
+
+    def outbound(self, campaign: Campaign, number: str, uri: str) -> OutboundDecision:
+        return decide_outbound(campaign.outbound, number, uri)
+
+    def campaign_named(self, name: str) -> Campaign | None:
+        """A valid one."""
+        return next((campaign for campaign in self.campaigns if campaign.name == name), None)
 
     def _campaign(self, facts: CallFacts) -> Campaign:
         campaign = self.campaign_for(facts.did)

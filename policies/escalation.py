@@ -11,20 +11,24 @@ from policies.decisions import EscalationDecision
 from policies.facts import CallFacts
 
 
-def decide_escalation(facts: CallFacts, config: PoliciesConfig, handoff_uri: str) -> EscalationDecision:
-    """`handoff_uri` "" = nobody to transfer to."""
+def decide_escalation(
+    facts: CallFacts, config: PoliciesConfig, handoff_uri: str, is_warm: bool = False
+) -> EscalationDecision:
+    """`handoff_uri` "" = nobody to transfer to. `is_warm`: the person is told first."""
     if facts.caller_asked_for_person:
-        return _to_person(handoff_uri, "caller asked for a person")
+        return _to_person(handoff_uri, is_warm, "caller asked for a person")
     missed = facts.num_turns_not_understood
     if missed >= config.person_after_turns:
-        return _to_person(handoff_uri, f"{missed} turns not understood (person after {config.person_after_turns})")
+        return _to_person(
+            handoff_uri, is_warm, f"{missed} turns not understood (person after {config.person_after_turns})"
+        )
     if missed >= config.keypad_after_turns:
         reason = f"{missed} turns not understood (keypad after {config.keypad_after_turns})"
         return EscalationDecision(action="offer_keypad", reasons=(reason,))
     return EscalationDecision(action="none")
 
 
-def _to_person(handoff_uri: str, reason: str) -> EscalationDecision:
+def _to_person(handoff_uri: str, is_warm: bool, reason: str) -> EscalationDecision:
     if handoff_uri:
-        return EscalationDecision(action="transfer", refer_to=handoff_uri, reasons=(reason,))
+        return EscalationDecision(action="transfer", refer_to=handoff_uri, is_warm=is_warm, reasons=(reason,))
     return EscalationDecision(action="callback_request", reasons=(reason, "handoff.uri is not set"))

@@ -127,7 +127,8 @@ class CallStore:
             if call_id in self._calls:
                 raise StorageError(f"call {call_id} is open already")
             journal = CallJournal.open(self._config.journal_folder, call_id, is_synced=self._config.is_synced)
-            self._calls[call_id] = _OpenCall(journal, 0, 0, ani=ani, sample_rate_hz=sample_rate_hz)
+            party = did if direction == "outbound" else ani  # whom a callback would call
+            self._calls[call_id] = _OpenCall(journal, 0, 0, ani=party, sample_rate_hz=sample_rate_hz)
         fields = {"did": did, "ani": ani, "display_name": mask_card_numbers(display_name), "direction": direction}
         fields |= {"campaign": campaign, "campaign_version": campaign_version, "source_address": source_address}
         self._append(e.CallOpened, call_id, now, sync=True, sample_rate_hz=sample_rate_hz, **fields)

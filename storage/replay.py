@@ -93,7 +93,8 @@ def _orphan(entries: list[AnyEntry]) -> Orphan:
         orphan.next_seq = max(orphan.next_seq, entry.seq + 1)
         orphan.last_at = max(orphan.last_at, entry.at)
         if isinstance(entry, CallOpened):
-            orphan.ani, orphan.sample_rate_hz = entry.ani, entry.sample_rate_hz
+            orphan.ani = entry.did if entry.direction == "outbound" else entry.ani  # whom a callback would call
+            orphan.sample_rate_hz = entry.sample_rate_hz
         elif isinstance(entry, TurnAppended):
             orphan.next_position = max(orphan.next_position, entry.position + 1)
             orphan.turn_ids.append(entry.turn_id)

@@ -85,6 +85,9 @@ class WorkerClient:
         """Calls this worker still takes, as far as we know: parties that were joined and left are its own."""
         return 0 if self.lost.is_set() else self.hello.max_calls - len(self._legs)
 
+    def has_leg(self, leg_id: str) -> bool:
+        return leg_id in self._legs
+
     @classmethod
     async def connect(
         cls, socket_path: Path | str, timeout_s: float = 10.0, config: TelephonyConfig | None = None

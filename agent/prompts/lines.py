@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 LINES_FILE = Path(__file__).with_name("lines.toml")
+FURTHER_LINES_FILE = Path(__file__).with_name("further_lines.toml")
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,10 @@ class LineBook:
     @classmethod
     def load(cls, path: Path = LINES_FILE) -> LineBook:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
+        lines = table["lines"] | tomllib.loads(FURTHER_LINES_FILE.read_text(encoding="utf-8"))["lines"]
         return cls(
             protected={key: tuple(texts) for key, texts in table["protected"].items()},
-            lines={key: tuple(texts) for key, texts in table["lines"].items()},
+            lines={key: tuple(texts) for key, texts in lines.items()},
             keypad_text=table["keypad"]["order_number"],
         )
 

@@ -14,6 +14,7 @@
     GET  /api/calls/{id}/listen   POST /api/calls/{id}/hang-up      hear, end a running call   (rights: listen, hang_up)
     POST /api/calls/{id}/recording/pause | go-on                       what is kept of it         (right: recording)
     POST /api/browser-calls/tokens   POST /api/browser-calls        call from the page         (right: call)
+    POST /api/calls                          the agent calls somebody for a campaign        (right: dial)
     GET  /api/security?kind=&limit=          what strangers and broken peers tried
     GET  /api/openapi.json                   the same for machines        GET /healthz   is the process alive
 
@@ -42,6 +43,7 @@ from agent.supervisor.exports import add_exports
 from agent.supervisor.guard import Guard, cookie_name
 from agent.supervisor.interventions import add_interventions, checked
 from agent.supervisor.live import LiveTail, TooManyViews
+from agent.supervisor.outbound_calls import add_outbound_calls
 from storage.audit import append_audit
 from storage.entries import UnknownCall
 from storage.recordings import RecordingReader
@@ -66,10 +68,10 @@ def _utc_now() -> dt.datetime:
 
 def create_app(
     reader: CallReader, live: LiveTail, config: WebConfig, *, door: Door, clock: Clock = _utc_now,
-    desk: BrowserDesk | None = None, monitor_socket: Path | None = None,
+    desk: BrowserDesk | None = None, monitor_socket: Path | None = None, dial_socket: Path | None = None,
 ) -> FastAPI:  # fmt: skip
-    """The application; `clock` is the shell's. `desk`: browser calls; `monitor_socket`: the agent's (agent/monitor.py).
-    Without them the page shows calls and no more."""
+    """The application; `clock` is the shell's. `desk`: browser calls; `monitor_socket`, `dial_socket`: the agent's
+    (agent/monitor.py, agent/dial_socket.py). Without them the page shows calls and no more."""
     app = FastAPI(title="MinMo supervisors", openapi_url="/api/openapi.json", docs_url=None, redoc_url=None)
     app.add_middleware(Guard, config=config, door=door, clock=lambda: clock().timestamp())
     _add_errors(app)
@@ -80,6 +82,7 @@ def create_app(
     add_exports(app, reader, clock)
     add_interventions(app, reader, clock, monitor_socket)
     add_browser_calls(app, reader, clock, desk)
+    add_outbound_calls(app, reader, clock, dial_socket)
     return app
 
 

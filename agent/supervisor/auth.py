@@ -38,6 +38,7 @@ class Right(StrEnum):
     RECORDING = "recording"  # pause the recording of a running call, and let it go on
     EXPORT = "export"  # take lists of calls away
     CALL = "call"  # call the agent from the page
+    DIAL = "dial"  # let the agent call somebody for a campaign
 
 
 ALL_RIGHTS = frozenset(Right)

@@ -41,10 +41,11 @@ def run_web(
     on_ready: Callable[[str], None] | None = None,
     desk: BrowserDesk | None = None,
     monitor_socket: Path | None = None,
+    dial_socket: Path | None = None,
 ) -> None:
     """Serves the page in this process.
 
-    `on_ready` gets the address; with `parent_pid` the page ends when that is gone. `desk` and `monitor_socket`: see
+    `on_ready` gets the address; with `parent_pid` the page ends when that is gone. `desk` and the sockets: see
     `create_app`.
     """
     listener = _bind(config)
@@ -56,7 +57,7 @@ def run_web(
         on_ready(url)
     reader = CallReader.open(storage)
     live = LiveTail(reader, poll_ms=config.poll_ms, max_views=config.max_live_views)
-    app = create_app(reader, live, config, door=door, desk=desk, monitor_socket=monitor_socket)
+    app = create_app(reader, live, config, door=door, desk=desk, monitor_socket=monitor_socket, dial_socket=dial_socket)
     server = uvicorn.Server(
         uvicorn.Config(
             app,

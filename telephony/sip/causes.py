@@ -22,6 +22,7 @@ class Cause(StrEnum):
     MEDIA_TIMEOUT = "media_timeout"  # no RTP from the party for too long
     AGENT_LOST = "agent_lost"  # our agent died and none came back in time
     WORKER_LOST = "worker_lost"  # the media worker died with the call
+    NOT_PLACED = "not_placed"  # an outbound call that no worker took, or that configuration does not allow
     SHUTDOWN = "shutdown"  # we were told to stop, or our parent is gone
 
 
@@ -34,6 +35,22 @@ _BY_STATUS = {
     503: Cause.OVERLOADED,
     500: Cause.NETWORK_ERROR, 502: Cause.NETWORK_ERROR, 504: Cause.NETWORK_ERROR,
 }  # fmt: skip
+
+
+# What a call that we placed and nobody answered is filed under; whatever is not here failed.
+_UNANSWERED = {
+    Cause.BUSY: "busy",
+    Cause.NO_ANSWER: "no_answer",
+    Cause.REJECTED: "rejected", Cause.NOT_FOUND: "rejected", Cause.NO_COMMON_CODEC: "rejected",
+    Cause.NORMAL: "abandoned", Cause.CANCELLED: "abandoned",
+}  # fmt: skip
+
+
+def disposition_of_unanswered(cause: str, by: str) -> str:
+    """busy | no_answer | rejected | failed | abandoned (we ended it ourselves: `by` agent)."""
+    if cause in set(Cause):
+        return _UNANSWERED.get(Cause(cause), "failed")
+    return "abandoned" if by == "agent" else "failed"
 
 
 def cause_of_status(sip_status: int) -> Cause:

@@ -100,9 +100,9 @@ def kamailio(folder: Path, config: str, *options: str, port: int = 0) -> Iterato
 
 
 @contextlib.contextmanager
-def sipp_callee(folder: Path) -> Iterator[str]:
+def sipp_callee(folder: Path, port: int = 0) -> Iterator[str]:
     """SIPp's own answering scenario (180, 200, waits for BYE): its host:port."""
-    port = free_port()
+    port = port or free_port()
     process = subprocess.Popen(
         ["sipp", "-sn", "uas", "-i", "127.0.0.1", "-p", str(port), "-mp", str(free_port() & ~1), "-nostdin"],
         cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
