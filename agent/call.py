@@ -119,6 +119,8 @@ class Call:
                 self.engine.draft_ended(event)
             case api.JobOverran():
                 self.engine.job_overran(event)
+            case api.ContextReused():
+                self.engine.context_reused(event)
             case api.ToolCallRequested() if event.turn_id in self.agent.purposes:
                 self._carry(self.desk.request(event))
             case api.StreamFailed():

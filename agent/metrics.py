@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from minmo_runtime.api import DraftEnded, JobOverran
+from minmo_runtime.api import ContextReused, DraftEnded, JobOverran
 from telephony.leg import WireMetric
 
 Figure = dict[str, Any]  # arguments of CallStore.add_metric
@@ -116,12 +116,13 @@ class WireTimes:
 
 @dataclass
 class EngineCounts:
-    """What the runtime tells of its own work for this call: replies written ahead of the decision to speak, and jobs
-    that took longer than they should."""
+    """What the runtime tells of its own work for this call: replies written ahead of the decision to speak, jobs that
+    took longer than they should, and positions of its context that need not be read again."""
 
     drafts: Counter[str] = field(default_factory=Counter)  # outcome -> how many
     num_long_jobs: int = 0
     longest_ms: dict[str, float] = field(default_factory=dict)  # part -> its longest job, of those that were too long
+    reused: Counter[str] = field(default_factory=Counter)  # source -> positions
 
     def draft_ended(self, event: DraftEnded) -> None:
         self.drafts[event.outcome] += 1
@@ -130,6 +131,9 @@ class EngineCounts:
         self.num_long_jobs += 1
         self.longest_ms[event.part] = max(event.milliseconds, self.longest_ms.get(event.part, 0.0))
 
+    def context_reused(self, event: ContextReused) -> None:
+        self.reused[event.source] += event.num_positions
+
     def figures(self) -> list[Figure]:
         """Of the whole call; told by the runtime, not by the wire."""
         values = {
@@ -137,6 +141,8 @@ class EngineCounts:
             "drafts_committed": self.drafts["committed"],
             "drafts_discarded": self.drafts["discarded"],
             "long_jobs": self.num_long_jobs,
+            "positions_from_prefix": self.reused["prefix"],
+            "positions_from_branch": self.reused["branch"],
             **{f"longest_{part}_ms": value for part, value in sorted(self.longest_ms.items())},
         }
         return [{"turn_id": "", "name": name, "value": value, "source": "runtime"} for name, value in values.items()]

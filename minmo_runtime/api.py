@@ -176,6 +176,15 @@ class JobOverran(Message, frozen=True):
     milliseconds: float
 
 
+class ContextReused(Message, frozen=True):
+    """Positions of this call's context that were copied and not read again. source "prefix": another call began with
+    the same words (system prompt, greeting); "branch": they were read on the listening branch.
+    """
+
+    source: str
+    num_positions: int
+
+
 class ReplyFinished(Message, frozen=True):
     """All text and audio of the turn were delivered. `num_samples` is the total at the output rate."""
 
@@ -212,6 +221,7 @@ RuntimeEvent = (
     | ToolCallRequested
     | DraftEnded
     | JobOverran
+    | ContextReused
     | ReplyFinished
     | ReplyTruncated
     | StreamFailed

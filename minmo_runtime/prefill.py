@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from minmo_runtime.api import ContextReused
 from minmo_runtime.config import RuntimeConfig
 from minmo_runtime.conversation import AudioVector, Conversation, Position
 from minmo_runtime.kv_cache import PrefixStore
@@ -96,15 +97,18 @@ class Prefill:
             conversation.retarget("assistant")
         needs_last = reply is not None
         limit = len(conversation.target_ids) - needs_last
-        self._cut(row, conversation.common_prefix(needs_last))
+        keep = conversation.common_prefix(needs_last)
+        self._cut(row, keep)
         branch = row.stream.listening.branch
         if branch is not None and branch.is_over:
             self._take_over(row, branch.conversation, row.stream.listening.slot, limit)
             row.stream.listening.drop()
+            self._tell(row, "branch", keep)
         keep = len(conversation.cached_ids)
         if shared := self.prefixes.longest(conversation.target_ids, beyond=keep, limit=limit):
             self.prefixes.copy_into(row.slot, shared, start=keep)
             conversation.cached_ids = list(shared.ids)
+            self._tell(row, "prefix", keep)
         if reply is not None and reply.wants_query:
             begin, end = conversation.user_span
             end = min(end, len(conversation.cached_ids))
@@ -129,6 +133,11 @@ class Prefill:
         self.cache.lengths[row.slot] = end
         own.cached_ids = own.target_ids[:end]
         own.kept_rows |= {p: kept for p, kept in other.kept_rows.items() if start <= p < end}
+
+    @staticmethod
+    def _tell(row: _Row, source: str, had: int) -> None:
+        if gained := len(row.conversation.cached_ids) - had:
+            row.stream.emit(ContextReused(call_id=row.stream.call_id, source=source, num_positions=gained))
 
     def _cut(self, row: _Row, length: int) -> None:
         self.cache.truncate(row.slot, length)

@@ -13,7 +13,7 @@ from agent.metrics import EngineCounts, WireTimes
 from agent.playout_book import PlayoutBook
 from agent.prompts.lines import LineBook
 from agent.recognise import plain_words, word_error_rate
-from minmo_runtime.api import Caption, DraftEnded, JobOverran
+from minmo_runtime.api import Caption, ContextReused, DraftEnded, JobOverran
 from telephony.leg import WireMetric
 
 LOUD = array("h", [8000, -8000] * 1200).tobytes()  # 0.1 s at 24 kHz
@@ -167,10 +167,13 @@ def test_the_engines_drafts_and_long_jobs_are_figures_of_the_call() -> None:
         counts.draft_ended(DraftEnded(call_id="c", outcome=outcome))
     for part, milliseconds in (("flow", 31.0), ("encode", 40.0), ("flow", 28.0)):
         counts.job_overran(JobOverran(call_id="c", part=part, milliseconds=milliseconds))
+    for source, positions in (("prefix", 40), ("branch", 12), ("prefix", 2)):
+        counts.context_reused(ContextReused(call_id="c", source=source, num_positions=positions))
     figures = {figure["name"]: figure["value"] for figure in counts.figures()}
     assert figures == {
         "drafted": 3, "drafts_committed": 1, "drafts_discarded": 2,
         "long_jobs": 3, "longest_encode_ms": 40.0, "longest_flow_ms": 31.0,
+        "positions_from_prefix": 42, "positions_from_branch": 12,
     }  # fmt: skip
     assert {(figure["turn_id"], figure["source"]) for figure in counts.figures()} == {("", "runtime")}
 

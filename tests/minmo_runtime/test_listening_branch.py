@@ -12,6 +12,7 @@ import torch
 
 from minmo_runtime.api import (
     CancelReply,
+    ContextReused,
     DiscardOverlap,
     DuplexPrediction,
     OpenStream,
@@ -162,6 +163,8 @@ def test_an_interruption_goes_on_from_the_branch(checkpoint: Checkpoint, is_esti
     assert_read(room, stream)
     fed = room.engine.runner.prefill.num_positions - read
     assert fed == 0 if is_estimate_right else fed >= len(overlap)
+    taken = sum(event.num_positions for event in room.of(ContextReused, "c") if event.source == "branch")
+    assert taken > len(overlap) if is_estimate_right else taken < len(overlap)
 
 
 def test_a_caller_who_goes_on_before_the_first_sample_is_read_once(checkpoint: Checkpoint) -> None:

@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from minmo_runtime import plain
-from minmo_runtime.api import CancelReply, CloseStream, OpenStream, PushText, ReplyFinished, Say, StartReply
+from minmo_runtime.api import (
+    CancelReply,
+    CloseStream,
+    ContextReused,
+    OpenStream,
+    PushText,
+    ReplyFinished,
+    Say,
+    StartReply,
+)
 from minmo_runtime.config import RuntimeConfig
 from minmo_runtime.kv_cache import PrefixStore
 from minmo_runtime.model.backbone import KvCache
@@ -71,6 +80,9 @@ def test_a_second_call_of_the_campaign_is_not_fed_its_beginning_and_speaks_as_it
     shared = max(len(prefix.ids) for prefix in prefill_of(room).prefixes.prefixes)
     assert shared > length(checkpoint, SYSTEM) + length(checkpoint, GREETING)
     assert fed_alone - fed == shared == prefill_of(room).prefixes.num_positions_saved
+    told = room.of(ContextReused, "b")
+    assert {event.source for event in told} == {"prefix"} and sum(event.num_positions for event in told) == shared
+    assert not room.of(ContextReused, "a")
     messages = [("system", SYSTEM), ("assistant", GREETING), ("user", "good morning")]
     room.events = [e for e in room.events if not (isinstance(e, ReplyFinished) and e.turn_id == "g")]
     wanted = plain.answer(checkpoint, messages, 2, CONFIG)
