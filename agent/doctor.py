@@ -157,10 +157,11 @@ def _model(config: Config) -> Iterator[Finding]:
         yield Finding(f"bridge {bridge}", State.WARNING, BRIDGE_REASONS[bridge])
     yield from _prompt_voice(contents, files)
     if missing := [part for part in tables.NEEDED if part not in there]:
-        text = f"{contents['name']}: no weights of {', '.join(missing)}"
-        yield Finding(
-            "checkpoint", State.FAULT, text + (": run `minmo models fetch` as above" if sources_of(contents) else "")
-        )
+        advice = f"sizes only: `minmo bench engine --profile {contents['name']} --random-weights`"
+        if sources_of(contents):
+            advice = "run `minmo models fetch` as above"
+        text = f"{contents['name']}: no weights of {', '.join(missing)}: {advice}"
+        yield Finding("checkpoint", State.FAULT, text)
         return
     try:
         checkpoint = weights.load_checkpoint(folder, models=config.runtime.models_folder)
