@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from minmo_runtime.config import RuntimeConfig
+from minmo_runtime.device_streams import DeviceStreams
 from minmo_runtime.hearing import Hearing
 from minmo_runtime.kv_cache import SlotPool
 from minmo_runtime.number_guide import NumberGuide
@@ -35,6 +36,7 @@ class Runner:
         self.checkpoint = checkpoint
         self.config = config
         self.device = torch.device(config.device)
+        self.device_streams = DeviceStreams(config.device)
         modules = checkpoint.modules
         for part in modules:  # the vocoder's Fourier transforms want float32
             dtype = torch.float32 if part == "vocoder" else _DTYPES[config.dtype]
@@ -83,7 +85,8 @@ class Runner:
             JobKind.ALIGN: hearing.align,
             JobKind.FINISH: lambda streams: each(streams, lambda _, stream: stream.finish_reply(stream.replies[0])),
         }
-        return isolated(jobs[job.kind], list(job.streams))
+        with self.device_streams.of(job.kind):
+            return isolated(jobs[job.kind], list(job.streams))
 
     # --------------------------------------------------------------------- text
 

@@ -47,8 +47,8 @@ class Sound:
         window = self.flow.dims.window_chunks(config.flow_window_s)
         num_slots = config.max_streams + config.has_fixed_shapes  # the last one is the fixed shapes' spare
         self.flow_cache = self.flow.new_cache(num_slots, window, len(self.prompt_tokens))
-        if config.has_fixed_shapes:
-            self.flow_cache.fixed = FixedCalls(has_graphs=config.device == "cuda")
+        self.fixed = FixedCalls(has_graphs=config.device == "cuda") if config.has_fixed_shapes else None
+        self.flow_cache.fixed = self.fixed
 
     def _take_prompt(self, checkpoint: Checkpoint) -> None:
         """What every reply continues: the prompt's words, its voice tokens and its mel."""
@@ -142,7 +142,7 @@ class Sound:
         nothing = torch.zeros(1, self.flow.dims.num_mel_bins, 0, device=self.voice.device)
         mels = [reply.mels[0].float() if reply.mels else nothing for reply in replies]
         finals = [reply.is_mel_complete and len(reply.mels) <= 1 for reply in replies]
-        made = push_rows(self.vocoder, mels, [reply.vocoder_state for reply in replies], finals)
+        made = push_rows(self.vocoder, mels, [reply.vocoder_state for reply in replies], finals, self.fixed)
 
         def take(row: int, stream: Stream) -> None:
             reply, waveform = replies[row], made[row]

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# A name of the shapes, a function of tensors, and the tensors → what it gives
+FixedCall = Callable[[tuple[Any, ...], Callable[..., Any], Sequence[Tensor]], Any]
 ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
@@ -26,20 +28,22 @@ def bucket(value: int, buckets: Sequence[int]) -> int:
 class _Shape:
     inputs: list[Tensor]
     graph: torch.cuda.CUDAGraph | None
-    made: Tensor | None
-    function: Callable[..., Tensor]
+    made: Any
+    function: Callable[..., Any]
 
 
 class FixedCalls:
-    """`call(key, function, tensors)`: function(*tensors), with one graph per key. Tensors of one key always have the
-    same shapes, and its first function serves all later calls."""
+    """`call(key, function, tensors)`: function(*tensors), one tensor or several, with one graph per key.
+
+    Tensors of one key always have the same shapes, and its first function serves all later calls.
+    """
 
     def __init__(self, has_graphs: bool) -> None:
         self.has_graphs = has_graphs
         self.shapes: dict[tuple[Any, ...], _Shape] = {}
 
     @torch.inference_mode()
-    def __call__(self, key: tuple[Any, ...], function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Tensor:
+    def __call__(self, key: tuple[Any, ...], function: Callable[..., Any], tensors: Sequence[Tensor]) -> Any:
         if key not in self.shapes:
             self.shapes[key] = _Shape([tensor.clone() for tensor in tensors], None, None, function)
         shape = self.shapes[key]
@@ -52,12 +56,11 @@ class FixedCalls:
         if shape.graph is None:
             shape.graph, shape.made = captured(lambda: shape.function(*shape.inputs))
         shape.graph.replay()
-        assert shape.made is not None
         return shape.made
 
 
-def captured(forward: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """A graph of `forward` and the tensor that each replay fills. Run twice before, on a stream of its own: libraries
+def captured(forward: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A graph of `forward` and what each replay fills. Run twice before, on a stream of its own: libraries
     choose their kernels and make their buffers then."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

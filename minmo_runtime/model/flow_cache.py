@@ -20,11 +20,13 @@ K head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from minmo_runtime.model.fixed_shapes import FixedCall
 
 
 class LeftContext(Protocol):
@@ -35,10 +37,6 @@ class LeftContext(Protocol):
     def left_keys(self, module: nn.Module, key: Tensor, value: Tensor, keep: int) -> tuple[Tensor, Tensor]:
         """key, value [B, H, T, K] with the earlier ones in front; remembers them (`keep` frames, -1: all)."""
         ...
-
-
-# A name of the shapes, a function of tensors, and the tensors → what it gives: minmo_runtime/fixed_shapes.py
-FixedCall = Callable[[tuple[Any, ...], Callable[..., Tensor], Sequence[Tensor]], Tensor]
 
 
 class GrowingCache:

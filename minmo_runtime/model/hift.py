@@ -29,6 +29,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 
 from minmo_runtime.model.dims import Dims
+from minmo_runtime.model.fixed_shapes import ROW_BUCKETS, FixedCall, bucket
 
 _MAX_MAGNITUDE = 100.0
 _NOISE_SAMPLES = 1 << 17  # of the fixed noise of streamed turns; longer turns read it again
@@ -222,16 +223,38 @@ class HiftVocoder(nn.Module):
         return HiftState()
 
     def forward(
-        self, mel: Tensor, noise: Tensor | None = None, carried_source: Tensor | None = None
+        self,
+        mel: Tensor,
+        noise: Tensor | None = None,
+        carried_source: Tensor | None = None,
+        fixed: FixedCall | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """→ (waveform [B, S], source [B, 1, S]); `carried_source` overwrites the start of the source."""
-        source = self.m_source(self.f0_predictor(mel), noise)
-        if carried_source is not None and carried_source.shape[-1]:
-            source = torch.cat((carried_source, source[..., carried_source.shape[-1] :]), dim=-1)
-        return self.decode(mel, source), source
+        """→ (waveform [B, S], source [B, 1, S]); `carried_source` overwrites the start of the source. `fixed` runs all
+        but the inverse STFT, which asks the device for a number, in fixed shapes: a batch is filled up by its first
+        row."""
+        carried = mel.new_zeros(len(mel), 1, 0) if carried_source is None else carried_source
+        if fixed is None:
+            before, source = self._shaped(mel, carried, *(() if noise is None else (noise,)))
+            return self._wave(before), source
+        rows = len(mel)
+        index = torch.tensor([*range(rows), *[0] * (bucket(rows, ROW_BUCKETS) - rows)], device=mel.device)
+        assert noise is not None, "fixed shapes take the noise as it is given"
+        key = ("hift", len(index), mel.shape[-1], carried.shape[-1])
+        before, source = fixed(key, self._shaped, [mel[index], carried[index], noise])
+        return self._wave(before[:rows]), source[:rows].clone()
+
+    def _shaped(self, mel: Tensor, carried: Tensor, *noise: Tensor) -> tuple[Tensor, Tensor]:
+        """What the inverse STFT takes [B, bins, F], and the source."""
+        source = self.m_source(self.f0_predictor(mel), *noise)
+        if carried.shape[-1]:
+            source = torch.cat((carried, source[..., carried.shape[-1] :]), dim=-1)
+        return self._before_istft(mel, source), source
 
     def decode(self, mel: Tensor, source: Tensor) -> Tensor:
         """mel and a given source [B, 1, S] → waveform [B, S]."""
+        return self._wave(self._before_istft(mel, source))
+
+    def _before_istft(self, mel: Tensor, source: Tensor) -> Tensor:
         dims = self.dims
         spectrum = torch.stft(
             source[:, 0], dims.istft_n_fft, dims.istft_hop_len, window=self.window, center=True, return_complex=True
@@ -246,17 +269,28 @@ class HiftVocoder(nn.Module):
             x = x + self.source_resblocks[i](self.source_downs[i](spectrum))
             blocks = self.resblocks[i * per_stage : (i + 1) * per_stage]
             x = torch.stack([block(x) for block in blocks]).mean(dim=0)
-        x = self.conv_post(nn.functional.leaky_relu(x))
+        return self.conv_post(nn.functional.leaky_relu(x))
+
+    def _wave(self, x: Tensor) -> Tensor:
+        dims = self.dims
         bins = dims.istft_n_fft // 2 + 1
         magnitude, phase = torch.exp(x[:, :bins]).clamp(max=_MAX_MAGNITUDE), torch.sin(x[:, bins:])
         wave = torch.istft(torch.polar(magnitude, phase), dims.istft_n_fft, dims.istft_hop_len, window=self.window)
         return wave.clamp(-dims.audio_limit, dims.audio_limit)
 
-    def push(self, mel: Tensor, state: HiftState, is_final: bool = False, noise: Tensor | None = None) -> Tensor:
+    def push(
+        self,
+        mel: Tensor,
+        state: HiftState,
+        is_final: bool = False,
+        noise: Tensor | None = None,
+        fixed: FixedCall | None = None,
+    ) -> Tensor:
         """Feed T mel frames [B, M, T]; returns the samples that became final [B, S]. The last 8 frames wait for the
         next piece.
 
-        Pieces of no more than `overlap_frames` are gathered, as there must be something new behind the overlap.
+        A turn's last piece may have any length: `fixed`, which wants few shapes, is for the others. Pieces of no more
+        than `overlap_frames` are gathered, as there must be something new behind the overlap.
         """
         dims = self.dims
         if state.mel is not None:
@@ -268,7 +302,7 @@ class HiftVocoder(nn.Module):
             return mel.new_zeros(mel.shape[0], 0)
         if noise is None:
             noise = self.noise(state.start_frame, mel)
-        wave, source = self(mel, noise, state.source)
+        wave, source = self(mel, noise, state.source, None if is_final else fixed)
         overlap = self.fade.shape[0] // 2
         if state.tail is not None:
             rising, falling = self.fade[:overlap], self.fade[overlap:]
@@ -289,13 +323,13 @@ class HiftVocoder(nn.Module):
         same in any pieces and any company."""
         dims = self.dims
         first, count = first_frame * dims.samples_per_frame, mel.shape[-1] * dims.samples_per_frame
-        index = torch.arange(first, first + count).remainder(_NOISE_SAMPLES)
-        return _noise_table(dims.nb_harmonics + 1)[index].to(mel)[None]
+        index = torch.arange(first, first + count, device=mel.device).remainder(_NOISE_SAMPLES)
+        return _noise_table(dims.nb_harmonics + 1, mel.device)[index].to(mel)[None]
 
 
 @functools.lru_cache(maxsize=2)
-def _noise_table(channels: int) -> Tensor:
-    return torch.randn(_NOISE_SAMPLES, channels, generator=torch.Generator().manual_seed(0))
+def _noise_table(channels: int, device: torch.device) -> Tensor:
+    return torch.randn(_NOISE_SAMPLES, channels, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def groups_of_equal_shape(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minmo_runtime.model.fixed_shapes import FixedCall
 from minmo_runtime.model.hift import (
     HiftDims,
     HiftState,
@@ -57,18 +58,24 @@ def sample_rate_hz(vocoder: Vocoder) -> int:
 
 
 def push_rows(
-    vocoder: Vocoder, mels: Sequence[Tensor], states: Sequence[VocoderState], finals: Sequence[bool]
+    vocoder: Vocoder,
+    mels: Sequence[Tensor],
+    states: Sequence[VocoderState],
+    finals: Sequence[bool],
+    fixed: FixedCall | None = None,
 ) -> list[Tensor | Exception]:
     """`push` for several turns: samples [S] of each, or what its row raised.
 
-    HiFT's rows of equal shape share one pass; the source-filter vocoder costs too little to be worth it.
+    HiFT's rows of equal shape share one pass, with `fixed` one of a few shapes; the source-filter vocoder costs too
+    little to be worth it.
     """
     made: list[Tensor | Exception | None] = [None] * len(mels)
     if isinstance(vocoder, HiftVocoder):
         hift_states = [state for state in states if isinstance(state, HiftState)]
         for rows in groups_of_equal_shape(mels, hift_states, finals):
             whole = stack_states([hift_states[row] for row in rows])
-            samples = vocoder.push(torch.cat([mels[row] for row in rows]), whole, finals[rows[0]])
+            mel = torch.cat([mels[row] for row in rows])
+            samples = vocoder.push(mel, whole, finals[rows[0]], fixed=fixed)
             for index, row in enumerate(rows):
                 hift_states[row].take_row(whole, index)
                 made[row] = samples[index]

@@ -11,7 +11,9 @@ from minmo_runtime.checkpoint_contents import module_of
 from minmo_runtime.decode_step import DecodeStep, length_buckets
 from minmo_runtime.model.backbone import Backbone
 from minmo_runtime.model.dims import BackboneDims
-from minmo_runtime.model.fixed_shapes import bucket
+from minmo_runtime.model.fixed_shapes import FixedCalls, bucket
+from minmo_runtime.model.hift import HiftDims, HiftVocoder
+from minmo_runtime.model.vocoder import push_rows
 from minmo_runtime.model.voice_lm import VoiceLm, VoiceLmDims, VoiceStream
 from minmo_runtime.quantise import int8_linears
 from minmo_runtime.random_checkpoint import TINY
@@ -166,3 +168,35 @@ def test_int8_layers_stay_close_to_their_floats() -> None:
     made = model(ids)
     assert not isinstance(model.model.layers[0].mlp.up_proj, torch.nn.Linear)
     assert 0 < float((made - wanted).abs().mean()) < 0.05 * float(wanted.abs().mean())
+
+
+@torch.inference_mode()
+def test_the_vocoder_in_fixed_shapes_makes_the_same_sound() -> None:
+    torch.manual_seed(4)
+    dims = HiftDims(base_channels=32, f0_cond_channels=16, resblock_kernel_sizes=(3,), resblock_dilation_sizes=(1,))
+    vocoder = HiftVocoder(dims).eval().fold_weight_norm()
+    mels = torch.randn(3, 80, 50)
+    calls = FixedCalls(has_graphs=False)
+    made: list[list[torch.Tensor]] = []
+    for fixed in (None, calls):
+        states = [vocoder.new_state() for _ in mels]
+        pieces: list[list[torch.Tensor]] = [[] for _ in mels]
+        for begin in range(0, 50, 20):
+            rows = [mel[None, :, begin : begin + 20] for mel in mels]
+            for row, samples in enumerate(push_rows(vocoder, rows, states, [begin == 40] * 3, fixed)):
+                assert isinstance(samples, torch.Tensor)
+                pieces[row].append(samples)
+        made.append([torch.cat(row) for row in pieces])
+    assert [key[1:3] for key in calls.shapes] == [(4, 20), (4, 28)], (
+        "three rows fill up to four; the last piece is free"
+    )
+    for plain, same in zip(*made, strict=True):
+        assert float((plain - same).abs().max()) < 1e-5
+
+
+def test_another_shape_under_the_same_name_is_refused() -> None:
+    calls = FixedCalls(has_graphs=False)
+    double = calls(("double",), lambda x: 2 * x, [torch.ones(3)])
+    assert double.tolist() == [2.0] * 3
+    with pytest.raises(ValueError, match=r"takes \[3\], not \[4\]"):
+        calls(("double",), lambda x: 2 * x, [torch.ones(4)])
