@@ -86,14 +86,14 @@ class Caller(Party):
     cseq = 10
     tag_of_agent = ""
 
-    async def come_in(self, stack: CallingStack, ani: str) -> dict[str, Any]:
-        self.caller_id = ani
+    async def come_in(self, stack: CallingStack) -> dict[str, Any]:
+        earlier = {call["call_id"] for call in stack.calls()}
         self.invite()
         ok = await asyncio.to_thread(self.final)
         self.tag_of_agent = to_tag(ok)
         self.request("ACK", to_tag=self.tag_of_agent)
         self.talk(ok, b"\xff" * 160)
-        return await stack.until(lambda call: has_heard(call, "how can i help you"))
+        return await stack.until(lambda call: call["call_id"] not in earlier and has_heard(call, "how can i help you"))
 
     async def wants_a_person(self) -> None:
         self.in_dialog("INFO", "Signal=0\r\nDuration=160\r\n", "Content-Type: application/dtmf-relay\r\n")
@@ -120,7 +120,7 @@ def desk(stack: CallingStack) -> Iterator[Party]:
 
 async def rung(stack: CallingStack, caller: Caller, desk: Party) -> tuple[str, dict[str, Any]]:
     """The caller wants a person, and the desk's telephone rings: (its INVITE, the call)."""
-    call = await caller.come_in(stack, "raw")
+    call = await caller.come_in(stack)
     await caller.wants_a_person()
     return await asyncio.to_thread(desk.receive, "INVITE"), call
 
@@ -222,7 +222,7 @@ async def test_desk_that_is_baresip_hears_the_summary_and_is_asked_for_the_key(
     stack: CallingStack, caller: Caller, tmp_path: Path
 ) -> None:
     with baresip(tmp_path / "desk", silence(60), user="desk", port=DESK_PORT, quits_after_s=90) as person:
-        call = await caller.come_in(stack, "raw")
+        call = await caller.come_in(stack)
         await caller.wants_a_person()
         await stack.until(lambda now: now["handoffs"] and now["handoffs"][0]["state"] == "answered", call["call_id"])
         await asyncio.sleep(3.0)

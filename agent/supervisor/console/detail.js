@@ -201,13 +201,20 @@ function factsOf(call) {
   ];
 }
 
+// What the person was told has several lines: the record's own words, one below the other.
+function handoffItem(handoff) {
+  const head = `Hand-off to ${handoff.target}: ${handoff.state}${handoff.reason ? ` (${handoff.reason})` : ""}`;
+  return el("li", {}, [head, el("ul", {}, handoff.summary.split("\n").map((line) => el("li", {}, line)))]);
+}
+
 function showProblems(box, call) {
   const lines = [
     ...call.callback_requests.map((request) => `Call back ${request.number || "(number withheld)"}: ${request.reason || "asked for a person"}`),
     ...call.defects.map((defect) => `${defect.kind.replaceAll("_", " ")}: ${defect.detail}`),
   ];
-  box.hidden = lines.length === 0;
-  box.replaceChildren(el("h3", {}, "To look after"), el("ul", {}, lines.map((line) => el("li", {}, line))));
+  const items = [...call.handoffs.map(handoffItem), ...lines.map((line) => el("li", {}, line))];
+  box.hidden = items.length === 0;
+  box.replaceChildren(el("h3", {}, "To look after"), el("ul", {}, items));
 }
 
 function eventsOf(loadEvents) {
