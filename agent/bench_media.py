@@ -9,11 +9,11 @@
 Media workers (processes of their own, as many as their pjsua2 asks for) carry the calls. The agent is this process: it
 speaks without pause in chunks of 200 ms, as an engine delivers them. Loads: `idle`; `agent_thread` (one CPU-bound
 Python thread in the agent process); `agent_thread+process` (and one busy process per CPU core, nice +5 as the engine
-runs). The gap between two RTP packets of a call is taken from the kernel's receive time stamps, so how late this
-process reads them does not matter. `silent_packets` counts packets without voice while the agent was speaking: audio
-that came too late. The added delay is that of a click which goes in by RTP, is played back by the agent as it hears it,
-and comes out: jitter buffer, both rings and this process are in it. Gap figures are medians over the repetitions; the
-last line is JSON.
+runs); `agent_thread+model` (and nano itself at work for four calls). The gap between two RTP packets of a call is taken
+from the kernel's receive time stamps, so how late this process reads them does not matter. `silent_packets` counts
+packets without voice while the agent was speaking: audio that came too late. The added delay is that of a click which
+goes in by RTP, is played back by the agent as it hears it, and comes out: jitter buffer, both rings and this process
+are in it. Gap figures are medians over the repetitions; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -40,12 +40,15 @@ from agent.bench_browsers import run_browsers
 from agent.bench_many import run_ramp
 from agent.bench_wire import Clicker, RtpReader, cpu_s, delays_ms, rtp_address
 from agent.raw_sip_peer import RawPeer, to_tag
+from agent.run_folder import SHIPPED_CHECKPOINT
 from telephony.client import WorkerClient, WorkerLeg
 from telephony.config import TelephonyConfig
 from telephony.leg import Answer, AudioFrame, LegError, LegState, LegStateChanged, Play
 from telephony.process import WorkerProcess
 
 LOADS = ("idle", "agent_thread", "agent_thread+process")
+MODEL_LOAD = "agent_thread+model"
+_MODEL_STARTED_CPU_S, _MODEL_STARTED_WITHIN_S = 8.0, 150.0  # torch is imported, the weights are read
 _CHUNK_S = 0.2
 _AHEAD_S = 0.4  # how far ahead of the wire the agent speaks: two chunks
 _AGENT_RATE_HZ = 24000
@@ -220,6 +223,24 @@ def _load(load: str) -> Iterator[None]:
 
 
 @contextmanager
+def _model_at_work() -> Iterator[None]:
+    """Nano, for four calls that listen and speak all the time, niced as the engine is; from when it is at work."""
+    run = "import os, sys\nos.nice(5)\nfrom minmo_runtime.bench.engine import main\nwhile True: main(sys.argv[1:])"
+    command = [sys.executable, "-c", run, "--checkpoint", str(SHIPPED_CHECKPOINT), "--calls", "4"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline_s = time.monotonic() + _MODEL_STARTED_WITHIN_S
+        while cpu_s(process.pid) < _MODEL_STARTED_CPU_S:
+            if process.poll() is not None or time.monotonic() > deadline_s:
+                raise RuntimeError("the model did not get to work")
+            time.sleep(0.2)
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
 def worker_pool(num_calls: int) -> Iterator[list[WorkerProcess]]:
     """As many workers as `num_calls` need; the first one says how many calls its pjsua2 holds."""
 
@@ -259,7 +280,8 @@ def run_bench(
     cases = []
     with worker_pool(num_calls) as workers:
         for load in loads:
-            results = [asyncio.run(_measure(workers, num_calls, seconds, load)) for _ in range(repeat)]
+            with _model_at_work() if load == MODEL_LOAD else contextlib.nullcontext():
+                results = [asyncio.run(_measure(workers, num_calls, seconds, load)) for _ in range(repeat)]
             cases.append(_median(results))
             print(f"{load:22} {json.dumps(cases[-1])}", file=sys.stderr)
         machine = _machine() | {"scheduling": workers[0].ready["scheduling"]}
@@ -287,7 +309,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--calls", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--load", action="append", choices=LOADS, help="default: all")
+    parser.add_argument("--load", action="append", choices=[*LOADS, MODEL_LOAD], help="default: all but the model")
     parser.add_argument("--delay", action="store_true", help="added delay, RTP in to RTP out, and nothing else")
     parser.add_argument("--ramp", action="store_true", help="how many calls hold, up to --calls: agent/bench_many.py")
     parser.add_argument("--step", type=int, default=8, help="of the ramp: calls added at each level")
