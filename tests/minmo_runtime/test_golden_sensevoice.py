@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minmo_runtime.features import FbankStream, fbank, stack_frames
-from minmo_runtime.full_context import EVENT_EMOTION_ROWS, LANGUAGE_ROWS, TEXT_NORM_ROWS, query_rows
+from minmo_runtime.full_context import EVENT_EMOTION_ROWS, LANGUAGE_ROWS, TEXT_NORM_ROWS, hear, query_rows
 from minmo_runtime.model.dims import EncoderDims
 from minmo_runtime.model.encoder import EncoderState, VoiceEncoder, collapse
 from minmo_runtime.public_files import read_am_mvn
@@ -137,6 +137,43 @@ def test_full_model_with_queries(case: Case, io: Tensors, parent: VoiceEncoder) 
         for row, length in enumerate((lengths + len(rows)).tolist()):
             assert max_error(log_probs[row, :length], v["out.log_probs"][row, :length]) < 1e-4
             assert collapse(log_probs[row, :length].argmax(-1)) == fact["ctc_greedy_token_ids"][row]
+
+
+@torch.no_grad()
+def test_samples_become_the_references_log_probs_as_a_call_is_served(
+    case: Case, config: dict[str, Any], io: Tensors
+) -> None:
+    """Samples in pieces, means from am.mvn inside the encoder, segments of unequal length in one batch."""
+    mvn = case.folder / "sensevoice_am.mvn"
+    if not mvn.is_file():
+        pytest.skip("sensevoice_am.mvn is not in this golden folder")
+    weights = case.weights()
+    encoder = VoiceEncoder(golden_dims(config, weights, has_cmvn=True)).eval()
+    shift, scale = read_am_mvn(mvn)
+    encoder.load_state_dict({**weights, "cmvn_shift": shift, "cmvn_scale": scale}, strict=True)
+    waves = {name: scenario(io, name) for name in scenarios(io, "frontend")}
+    fbanks = {name: pushed_in_pieces(v["in.wav"], config["frontend"]["n_mels"]) for name, v in waves.items()}
+    compared = 0
+    for full, fact in case.facts.items():
+        v = scenario(io, full)
+        for name, wave in waves.items():
+            if not torch.equal(v["in.feats"], wave["out.feats"][None]):
+                continue
+            rows = query_rows(fact["language"], has_itn=fact["use_itn"])
+            others = [fbank for other, fbank in fbanks.items() if other != name]
+            expected = v["out.log_probs"][0]
+            for heard in (hear(encoder, [fbanks[name]], rows)[0], hear(encoder, [*others, fbanks[name]], rows)[-1]):
+                made = torch.from_numpy(heard.log_probs)
+                assert max_error(made, expected[len(rows) :]) < 1e-3, (full, name)  # of the features' 2e-3
+                assert list(heard.tag_ids) == expected[: len(rows)].argmax(-1).tolist()
+                compared += 1
+    if not compared:
+        pytest.skip("no full* scenario here begins with the samples of a frontend*")
+
+
+def pushed_in_pieces(wave: torch.Tensor, num_mel_bins: int) -> torch.Tensor:
+    stream = FbankStream(num_mel_bins)
+    return torch.cat([stream.push(piece) for piece in wave.split(997)])
 
 
 def streaming_encoder() -> VoiceEncoder:
