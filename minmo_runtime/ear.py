@@ -48,6 +48,7 @@ class Segment:
     pending_features: Any = None
     projector_state: Any = None
     audio: list[AudioVector] = field(default_factory=list)  # what the LLM reads of it, behind a trained projector
+    settled_voice: Any = None  # full_context.SettledVoice
     settled: Any = None  # full_context.SettledText, of an encoder that runs again over the whole segment
 
     def append(self, pcm: NDArray[np.int16]) -> None:

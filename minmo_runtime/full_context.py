@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from minmo_runtime.conversation import AudioVector
 from minmo_runtime.features import stack_frames
 from minmo_runtime.model.encoder import VoiceEncoder
 
@@ -31,6 +32,9 @@ EVENT_EMOTION_ROWS = (1, 2)
 # Longer segments cost more with every run (662 ms for 10 s on two cores): from here on the words so far are kept and
 # the encoder starts again. SenseVoice was trained on cuts of at most 30 s.
 MAX_SEGMENT_S = 20.0
+# Of a vector's length: two runs that differ by less say the same. A choice, not a measurement: no connector behind a
+# full-context encoder has been trained yet.
+VOICE_TOLERANCE = 0.1
 
 
 def query_rows(language: str = "auto", has_itn: bool = False) -> tuple[int, int, int, int]:
@@ -55,6 +59,37 @@ class SettledText:
             shared += 1
         self.tokens, self.settled = list(tokens), list(tokens[:shared])
         return self.settled
+
+
+@dataclass
+class SettledVoice:
+    """The same for what a trained projector gives the LLM: vectors that two runs agree on, one per position. One per
+    segment; what was given keeps its identity, so that the LLM need not read it again."""
+
+    kept: list[AudioVector] = field(default_factory=list)  # of what the segment held before it became too long
+    settled: list[AudioVector] = field(default_factory=list)
+    latest: Tensor | None = None  # [n, D] of the latest run
+
+    def push(self, vectors: Tensor, is_last: bool) -> list[AudioVector]:
+        """Take a run's vectors [n, D]; returns the segment's settled positions, all of them in its last run."""
+        agreed = self._agreed(vectors)
+        end = len(vectors) if is_last else agreed
+        self.settled = self.settled[:agreed]
+        self.settled += [AudioVector(vector) for vector in vectors[len(self.settled) : end]]
+        self.latest = vectors
+        return [*self.kept, *self.settled]
+
+    def _agreed(self, vectors: Tensor) -> int:
+        """How many from the first on are as they were."""
+        if self.latest is None:
+            return 0
+        known = self.latest.clone()
+        if self.settled:  # measured against what the LLM has read: small steps must not add up
+            known[: len(self.settled)] = torch.stack([given.vector for given in self.settled]).to(known)
+        count = min(len(known), len(vectors))
+        change = (vectors[:count] - known[:count]).float().norm(dim=1)
+        moved = (change > VOICE_TOLERANCE * vectors[:count].float().norm(dim=1)).nonzero()
+        return int(moved[0]) if len(moved) else count
 
 
 def joined(before: str, after: str) -> str:

@@ -17,7 +17,7 @@ from minmo_runtime import features
 from minmo_runtime.conversation import AudioVector
 from minmo_runtime.ctc import align_prefix, heard_words
 from minmo_runtime.ear import Segment
-from minmo_runtime.full_context import MAX_SEGMENT_S, Heard, SettledText, hear, joined, query_rows
+from minmo_runtime.full_context import MAX_SEGMENT_S, Heard, SettledText, SettledVoice, hear, joined, query_rows
 from minmo_runtime.model.encoder import EncoderState
 from minmo_runtime.rows import StreamFailure, check, each
 from minmo_runtime.stream import Stream, Truncation
@@ -140,16 +140,25 @@ class Hearing:
                 segment.settled = SettledText(kept=text)
                 segment.pending_features = segment.pending_features[:0]
         segment.is_final = segment.is_closed
+        before, whole = segment.num_frames_encoded, self.chunk_fbank_frames
         segment.num_frames_encoded = features.num_frames(segment.num_samples)
+        after = segment.num_frames_encoded + (whole - 1 if segment.is_closed else 0)
+        stream.ear.num_chunks_encoded += after // whole - before // whole
         if caption := stream.ear.take_text(segment, text):
             stream.emit(caption)
 
     def _project_whole(self, segment: Segment, heard: Heard) -> None:
-        """A run over all of it changes every frame: the LLM reads only what no later run will change."""
-        if self.projector is None or not (segment.is_closed or self._is_too_long(segment)):
-            return
+        """A run over all of it changes every frame: the LLM reads what two runs agree on."""
+        assert self.projector is not None
         posteriors = torch.from_numpy(heard.log_probs).to(heard.hidden).exp()
-        self._take_audio(segment, self.projector(heard.hidden[None], posteriors[None])[0])
+        vectors = self.projector(heard.hidden[None], posteriors[None])[0]
+        check(vectors, "the input projector")
+        if segment.settled_voice is None:
+            segment.settled_voice = SettledVoice()
+        is_last = segment.is_closed or self._is_too_long(segment)
+        segment.audio = segment.settled_voice.push(vectors, is_last)
+        if is_last:
+            segment.settled_voice = SettledVoice(kept=segment.audio)
 
     @staticmethod
     def _is_too_long(segment: Segment) -> bool:
