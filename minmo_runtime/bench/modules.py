@@ -158,4 +158,4 @@ def _vocoder(runner: Runner, rows: int) -> None:
     states = [sound.vocoder.new_state() for _ in range(rows)]
     for begin in range(0, frames, chunk):
         pieces = [mel[..., begin : begin + chunk]] * rows
-        push_rows(sound.vocoder, pieces, states, [begin + chunk >= frames] * rows)
+        push_rows(sound.vocoder, pieces, states, [begin + chunk >= frames] * rows, sound.fixed)

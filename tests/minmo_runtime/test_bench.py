@@ -49,6 +49,9 @@ def test_the_engine_bench_measures_every_part_for_each_number_of_calls(tmp_path:
 def test_the_gpu_bench_dry_runs_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     result = gpu.measure(gpu.DRY_RUN, torch.device("cpu"), "float32", [2], 0.6, 60.0)
     assert result["llm"]["decode"]["2"]["step_ms"] > 0 and result["voice_lm"]["copy_gb_s"] > 0
+    assert result["llm_fp8"]["decode"]["2"]["step_ms"] > 0 and not result["llm_fp8"]["is_native"]
+    assert result["llm_fp8"]["weights_read_ms"] > 0 and "llm_fp8" in gpu.table(result)
+    assert set(result["sound"]["2"]) == {"euler_ms", "euler_eager_ms", "vocoder_ms", "vocoder_eager_ms"}
     assert result["rtf"]["2"]["flow"] > 0 and result["calls"][0]["calls"] == 2
     assert json.loads(json.dumps(result)) and "real-time factor" in gpu.table(result)
 
@@ -85,7 +88,25 @@ def test_the_parents_are_timed_beside_the_reference() -> None:
     tables = {**TINY, "vocoder": HIFT, "encoder": SENSEVOICE}
     rows = parents.measure(tables, [torch.float32], repeats=1)
     assert [row.reference_ms for row in rows] == ["131-170", "131-170", "2000", "5700", "more", "662", "240"]
-    assert all(row.ours_ms > 0 for row in rows)
+    assert all(row.ours_ms > 0 and row.limit for row in rows)
+    assert "not faster than the reference: none" in parents.table_of(rows), "tiny sizes"
+
+
+def test_the_ratio_is_that_of_the_reference_s_best_figure() -> None:
+    rows = [parents.Row("step", "131-170", 262.0, 0.0, "weights"), parents.Row("flow", "more", 900.0, 0.0, "sums")]
+    assert [row.ratio for row in rows] == [2.0, None]
+    assert parents.table_of(rows).splitlines()[-1] == "not faster than the reference: step"
+
+
+def test_jobs_take_turns() -> None:
+    order: list[str] = []
+    found = parents.in_turns({name: lambda name=name: order.append(name) for name in "ab"}, repeats=2)
+    assert order == ["a", "b"] * 3 and set(found) == {"a", "b"}
+
+
+def test_what_a_prompt_in_reach_is_worth_is_told() -> None:
+    error = parents.prompt_error(TINY["flow"], num_prompt=30, num_tokens=90, window_s=0.6)
+    assert 0 < error["pinned_mean"] and 0 < error["not_pinned_mean"] < 2 * error["mel_std"]
 
 
 def test_the_window_of_the_flow_is_exact_inside_and_its_error_beyond_is_told() -> None:

@@ -2,7 +2,9 @@
 is judged by (design §7), in one table; `--dry-run` does the same on a CPU, tiny.
 
 1. LLM and voice LM decode step over the time to read the weights at the copy bandwidth measured in this run, with one
-   CUDA graph per shape and without; 2. real-time factor of each module; 3. first audio p50 and p95 and the calls held.
+   CUDA graph per shape and without, and the LLM again with weights in 8-bit floats; 2. one Euler step of the flow and
+   one piece of the vocoder for many calls, with graphs and without; 3. real-time factor of each module; 4. first audio
+   p50 and p95 and the calls held.
 Random weights: only compute is claimed. The parts stop when the time given by `--minutes` is used up. The last line is
 JSON.
 """
@@ -19,9 +21,11 @@ from typing import Any
 import torch
 
 from minmo_runtime.bench import calls
-from minmo_runtime.bench.gpu import decode
+from minmo_runtime.bench.gpu import decode, sound
 from minmo_runtime.bench.modules import real_time_factors
-from minmo_runtime.bench.random_weights import random_checkpoint_of
+from minmo_runtime.bench.random_weights import random_checkpoint_of, random_module
+from minmo_runtime.model.backbone import Backbone
+from minmo_runtime.model.linear_forms import Fp8Linear, has_scaled_mm
 from minmo_runtime.profiles import profile_folder, read_profile
 from minmo_runtime.random_checkpoint import TINY
 
@@ -46,6 +50,8 @@ def measure(
     batches = _DECODE_BATCHES if is_gpu else (1, 2)
     result["llm"] = decode.measure(checkpoint.modules.llm, device, batches)
     result["voice_lm"] = decode.measure(checkpoint.modules.voice_lm.trunk, device, batches)
+    result["sound"] = sound.measure(checkpoint.modules.flow, checkpoint.modules.vocoder, device, batches)
+    result["llm_fp8"] = _fp8(contents, device, dtype, batches)
     rtf = {}
     for rows in sorted({1, num_calls[len(num_calls) // 2]}):
         rtf[str(rows)] = {
@@ -67,9 +73,19 @@ def measure(
     return result
 
 
+def _fp8(contents: dict[str, Any], device: torch.device, dtype: str, batches: tuple[int, ...]) -> dict[str, Any]:
+    """A second LLM: its plain weights are let go as they are rounded."""
+    llm = random_module("llm", contents["llm"], device, getattr(torch, dtype))
+    assert isinstance(llm, Backbone)
+    return {
+        "is_native": has_scaled_mm(llm.model.layers[0].mlp.down_proj.weight),
+        **decode.measure(llm, device, batches, Fp8Linear),
+    }
+
+
 def table(result: dict[str, Any]) -> str:
     lines = [f"{result['profile']}, bridges={result['bridges']}, {result['device']}, {result['dtype']}, random weights"]
-    for part in ("llm", "voice_lm"):
+    for part in ("llm", "llm_fp8", "voice_lm"):
         found = result[part]
         lines.append(
             f"{part}: weights read in {found['weights_read_ms']} ms at the copy bandwidth {found['copy_gb_s']} GB/s"
@@ -79,6 +95,10 @@ def table(result: dict[str, Any]) -> str:
                 f"  {rows:>4} row(s): step {row['step_ms']} ms = {row['over_floor']} x floor; "
                 f"without a graph {row['eager_ms']} ms"
             )
+    if not result["llm_fp8"]["is_native"]:
+        lines.append("  (this device does not multiply 8-bit floats: llm_fp8 is the same numbers as floats)")
+    for rows, row in result["sound"].items():
+        lines.append(f"  {rows:>4} row(s), one pass: " + ", ".join(f"{name} {value}" for name, value in row.items()))
     lines.append("real-time factor (device s per s of audio, all rows together)")
     for rows, parts in result["rtf"].items():
         lines.append(f"  {rows:>4} call(s): " + ", ".join(f"{name} {value}" for name, value in parts.items()))

@@ -15,6 +15,7 @@ import torch
 
 from minmo_runtime.decode_step import DecodeStep
 from minmo_runtime.model.backbone import Backbone
+from minmo_runtime.model.linear_forms import Fp8Linear
 
 REPEATS = 5
 STEPS = 20
@@ -46,18 +47,21 @@ def copy_bandwidth_gb_s(device: torch.device, num_bytes: int) -> float:
 
 
 @torch.inference_mode()
-def measure(model: Backbone, device: torch.device, batches: tuple[int, ...]) -> dict[str, Any]:
-    """`model` on `device`; fused here."""
-    model.fuse()
+def measure(
+    model: Backbone, device: torch.device, batches: tuple[int, ...], make: type[Fp8Linear] | None = None
+) -> dict[str, Any]:
+    """`model` on `device`; fused here, in the form `make`."""
+    num_parameters = sum(p.numel() for p in model.parameters())
     weight_bytes = sum(
-        p.numel() * p.element_size()
+        p.numel() * (1 if make is not None and ".layers." in name and p.dim() > 1 else p.element_size())
         for name, p in model.named_parameters()
         if "embed_tokens" not in name or model.lm_head is None
     )
+    model.fuse(make)
     bandwidth = copy_bandwidth_gb_s(device, min(weight_bytes, 2 << 30))
     floor_ms = weight_bytes / bandwidth / 1e6
     result: dict[str, Any] = {
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": num_parameters,
         "copy_gb_s": round(bandwidth, 1),
         "weights_read_ms": round(floor_ms, 3),
         "decode": {},
