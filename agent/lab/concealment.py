@@ -2,14 +2,17 @@
 
 Two media workers, one calling the other through the relay; the caller plays a committed clip, the receiver's tap is
 what an agent would hear. Judged against the same clip over the same codec without loss: log-spectral distance (dB, over
-the frames where the clip is voiced) and the share of voiced frames that came out as silence. PESQ (ITU-T P.862) is not
-used: the published package has no wheel, and the reference code's licence is not ours to ship.
+the frames where the clip is voiced) and the share of voiced frames that came out as silence. PESQ (ITU-T P.862, narrow
+band, MOS-LQO) beside them where the package `pesq` can be imported: it comes as source and needs a C compiler, and the
+reference code in it has a licence of its own, so nothing here depends on it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
+import importlib.util
 from typing import Any
 
 import numpy as np
@@ -51,6 +54,14 @@ def aligned(heard: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     lag = int(np.argmax(product[: max(1, len(heard))]))
     part = heard[lag : lag + len(wanted)]
     return np.concatenate([part, np.zeros(len(wanted) - len(part))])
+
+
+def pesq_of(heard: np.ndarray, wanted: np.ndarray) -> float | None:
+    """MOS-LQO, or None without the package."""
+    if importlib.util.find_spec("pesq") is None:
+        return None
+    pesq = importlib.import_module("pesq").pesq
+    return round(float(pesq(RATE_HZ, wanted.astype(np.int16), aligned(heard, wanted).astype(np.int16), "nb")), 3)
 
 
 def distance(heard: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
@@ -105,14 +116,30 @@ async def _play(leg: Any, samples: np.ndarray) -> None:
             await leg.send(Hangup(leg_id=leg.leg_id))
 
 
-async def measure_concealment(seed: int) -> list[dict[str, Any]]:
-    """The codec alone, then one row per loss rate; what the row of loss 0 has over the codec is the machine's doing."""
+async def measure_concealment(seed: int, repeat: int = 1) -> list[dict[str, Any]]:
+    """The codec alone, then one row per loss rate, means over `repeat` seeds; what the row of loss 0 has over the codec
+    is the machine's doing. `pesq_drop`: against the codec alone."""
     wanted = speech().astype(float)
     table = rtp.DECODE[rtp.PCMU]
     coded = table[np.frombuffer(rtp.encode(rtp.PCMU, wanted), np.uint8)].astype(float)
-    rows: list[dict[str, Any]] = [{"loss": None, "packets": 0, "lost": 0, **distance(coded, wanted)}]
+    best = pesq_of(coded, wanted)
+    rows = [{"loss": None, "packets": 0, "lost": 0, **distance(coded, wanted), **_pesq_figures(best, best)}]
     for loss in LOSSES:
-        heard, counts = await heard_over(LineProfile(name=f"loss {loss:g}", loss=loss), seed)
-        rows.append({"loss": loss, "packets": counts["packets"], "lost": counts["lost"], **distance(heard, wanted)})
+        runs = []
+        for each in range(seed, seed + repeat):
+            heard, counts = await heard_over(LineProfile(name=f"loss {loss:g}", loss=loss), each)
+            runs.append({
+                "packets": counts["packets"], "lost": counts["lost"], **distance(heard, wanted),
+                **_pesq_figures(pesq_of(heard, wanted), best),
+            })  # fmt: skip
+        rows.append({"loss": loss, **{key: _mean([run[key] for run in runs]) for key in runs[0]}})
         print(rows[-1], flush=True)
     return rows
+
+
+def _pesq_figures(mos: float | None, best: float | None) -> dict[str, float]:
+    return {} if mos is None or best is None else {"pesq": mos, "pesq_drop": round(best - mos, 3)}
+
+
+def _mean(values: list[float]) -> float:
+    return round(float(np.mean(values)), 4)

@@ -179,7 +179,9 @@ def main(arguments: list[str] | None = None) -> int:
     result: dict[str, Any]
     with tempfile.TemporaryDirectory(prefix="minmo-lab-") as name:
         if options.concealment:
-            result = {"concealment": asyncio.run(measure_concealment(options.seed))}
+            result = {"concealment": asyncio.run(measure_concealment(options.seed, options.calls))}
+            if "pesq" not in result["concealment"][0]:
+                print("no PESQ: `pip install pesq` needs a C compiler; the other figures stand without it")
         else:
             try:
                 calls = asyncio.run(run_lab(options, lines, Path(name)))
@@ -212,7 +214,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--number", default="100", help="dialled number")
     parser.add_argument("--fake", action="store_true", help="our own agent with the fake runtime")
     parser.add_argument("--checkpoint", type=Path, default=SHIPPED_CHECKPOINT)
-    parser.add_argument("--concealment", action="store_true", help="no agent: what loss does to speech at our receiver")
+    parser.add_argument(
+        "--concealment",
+        action="store_true",
+        help="no agent: what loss does to speech, mean of --calls",
+    )
     parser.add_argument("--out", type=Path, help="folder for result.json and the SVGs")
     group = parser.add_argument_group("a line of your own")
     for key, (low, high) in LINE_RANGES.items():

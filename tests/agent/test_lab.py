@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from agent.lab import plot, rtp
-from agent.lab.concealment import distance
+from agent.lab.concealment import _pesq_figures, distance, pesq_of
 from agent.lab.fake_engine import LINES
 from agent.lab.line import PROFILES, LineProfile, LossyDirection
 from agent.lab.measure import Voice, measure, stimuli, summary
@@ -320,6 +320,12 @@ def test_loss_is_heard_as_distance_and_silence():
         holes[start : start + 320] = 0
     assert distance(wanted, wanted)["log_spectral_distance_db"] == 0
     assert distance(holes, wanted)["log_spectral_distance_db"] > 1 and distance(holes, wanted)["silent_share"] > 0.05
+
+
+def test_without_the_pesq_package_there_is_no_pesq_and_everything_else_stands(monkeypatch):
+    monkeypatch.setattr("agent.lab.concealment.importlib.util.find_spec", lambda _name: None)
+    assert pesq_of(np.zeros(8_000), np.zeros(8_000)) is None
+    assert _pesq_figures(None, None) == {} and _pesq_figures(3.5, 4.0) == {"pesq": 3.5, "pesq_drop": 0.5}
 
 
 def test_flags_go_over_a_named_line_and_wrong_ones_are_refused(capsys):
