@@ -34,7 +34,7 @@ class Drafting:
             return
         raw = self._heard()
         text = normalise_spoken(raw)
-        if not text:
+        if not text or self.ear.is_audio_behind:
             return
         self._raw_text = raw
         self.reply = Reply("", ReplyPhase.PREFILL, is_draft=True, user_text=text, wants_query=needs_query)

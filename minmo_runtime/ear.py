@@ -219,6 +219,13 @@ class Ear:
             audio += [*done, *(vector for segment in running for vector in segment.audio)]
         return audio
 
+    @property
+    def is_audio_behind(self) -> bool:
+        """Whether words were heard whose voice has not settled yet (an encoder that runs again over whole segments)."""
+        if not self.hears_audio or self.is_typed:
+            return False
+        return not self.audio_so_far() or any(s.settled_voice is not None and not s.is_final for s in self.segments)
+
     def has_unheard(self) -> bool:
         """Whether speech of the caller's own turn still waits for the encoder."""
         return any(not s.is_overlap and not s.is_discarded for s in self.segments)

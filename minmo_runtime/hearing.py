@@ -19,6 +19,7 @@ from minmo_runtime.ctc import align_prefix, heard_words
 from minmo_runtime.ear import Segment
 from minmo_runtime.full_context import MAX_SEGMENT_S, Heard, SettledText, SettledVoice, hear, joined, query_rows
 from minmo_runtime.model.encoder import EncoderState
+from minmo_runtime.model.projector import ProjectorState
 from minmo_runtime.rows import StreamFailure, check, each
 from minmo_runtime.stream import Stream, Truncation
 from minmo_runtime.text import speak_digits
@@ -67,6 +68,7 @@ class Hearing:
         hidden, states = self.encoder.forward_chunk(chunks.to(self.device, self.dtype), states)
         scores = self.encoder.ctc_log_probs(hidden)
         log_probs = scores.float().cpu()
+        vectors, memories = self._project(segments, hidden, scores)
 
         def take(row: int, stream: Stream) -> None:
             check(log_probs[row], "the encoder")
@@ -78,11 +80,10 @@ class Hearing:
                 stream.new_frames.append(hidden[row])
             grown = segment.ctc.push(log_probs[row].numpy())
             text = self._ctc_text(segment.ctc.tokens) if grown else segment.text
-            if self.projector is not None:
-                state = segment.projector_state or self.projector.init_state()
-                segment.projector_state = state
-                vectors = self.projector.forward_chunk(hidden[row], state, scores[row].exp())
-                self._take_audio(segment, vectors)
+            if vectors:
+                check(vectors[row], "the input projector")
+                segment.audio += [AudioVector(vector) for vector in vectors[row]]
+                segment.projector_state = memories[row]
             if caption := stream.ear.take_text(segment, text):
                 stream.emit(caption)
             if self.projector is not None and not segment.is_discarded:
@@ -90,10 +91,14 @@ class Hearing:
 
         return failed | each(streams, take)
 
-    @staticmethod
-    def _take_audio(segment: Segment, vectors: Tensor) -> None:
-        check(vectors, "the input projector")
-        segment.audio += [AudioVector(vector) for vector in vectors]
+    def _project(
+        self, segments: list[Segment], hidden: Tensor, scores: Tensor
+    ) -> tuple[list[Tensor], list[ProjectorState]]:
+        """The chunk of each segment as the LLM reads it, where a projector is trained."""
+        if self.projector is None:
+            return [], []
+        states = [segment.projector_state or self.projector.init_state() for segment in segments]
+        return self.projector.forward_rows(hidden, states, scores.exp())
 
     def _finish(self, stream: Stream) -> None:
         """A segment that ended exactly with a chunk that was encoded before: nothing is left to run."""

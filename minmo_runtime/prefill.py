@@ -112,7 +112,8 @@ class Prefill:
         if reply is not None and reply.wants_query:
             begin, end = conversation.user_span
             end = min(end, len(conversation.cached_ids))
-            if (missing := next((p for p in range(begin, end) if p not in conversation.kept_rows), -1)) >= 0:
+            missing = next((place for place in range(begin, end) if place not in conversation.kept_rows), -1)
+            if missing >= 0:
                 self._cut(row, missing)
 
     def _bring_branch_in_line(self, row: _Row) -> None:
@@ -159,9 +160,9 @@ class Prefill:
         conversation.cached_ids += row.positions
         self.num_positions += len(row.positions)
         if row.stream.listening.feeds_predictor:
-            for place, position in enumerate(row.positions):
-                if isinstance(position, AudioVector) and not position.was_predicted_on:
-                    position.was_predicted_on = True
+            for place, read in enumerate(row.positions):
+                if isinstance(read, AudioVector) and not read.was_predicted_on:
+                    read.was_predicted_on = True
                     row.stream.new_frames.append(torch.cat([hidden[place], vectors[place]])[None])
         if row.is_branch:
             return

@@ -9,6 +9,7 @@ Legend: B batch, T frames, D width, H heads, K head width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,11 +71,40 @@ class CausalLayer(nn.Module):
         state.keys, state.values, state.position = keys[:, :, first:], values[:, :, first:], state.position + x.shape[1]
         return out
 
+    def forward_rows(self, x: Tensor, states: Sequence[LayerState]) -> tuple[Tensor, list[LayerState]]:
+        """Streaming, one chunk of each of B calls of any age: [B, T, D] and the states after it; none is changed."""
+        length = x.shape[1]
+        positions = torch.tensor([state.position for state in states], device=x.device)[:, None]
+        positions = positions + torch.arange(length, device=x.device)
+        q, k, v = self._project_at(x, positions, max(state.position for state in states) + length)
+        num_old = [state.keys.shape[2] for state in states]
+        most = max(num_old)
+        pad = [(0, 0, most - count, 0) for count in num_old]
+        old_keys = torch.cat([nn.functional.pad(s.keys, p) for s, p in zip(states, pad, strict=True)])
+        old_values = torch.cat([nn.functional.pad(s.values, p) for s, p in zip(states, pad, strict=True)])
+        keys, values = torch.cat([old_keys, k], dim=2), torch.cat([old_values, v], dim=2)
+        places = torch.arange(most + length, device=x.device)
+        behind = (places[most:, None] - places[None])[None, None]  # [1, 1, T, S]
+        first = torch.tensor([most - count for count in num_old], device=x.device)[:, None, None, None]
+        visible = (behind >= 0) & (behind < self.left_context) & (places >= first)
+        out = self._finish(x, q, keys, values, visible)
+        after = []
+        for row, (state, count) in enumerate(zip(states, num_old, strict=True)):
+            start = most + length - min(self.left_context - 1, count + length)
+            own = slice(row, row + 1)
+            after.append(
+                LayerState(keys[own, :, start:].clone(), values[own, :, start:].clone(), state.position + length)
+            )
+        return out, after
+
     def _project(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+        positions = torch.arange(start, start + x.shape[1], device=x.device)[None]
+        return self._project_at(x, positions, start + x.shape[1])
+
+    def _project_at(self, x: Tensor, positions: Tensor, bound: int) -> tuple[Tensor, Tensor, Tensor]:
         batch, length, _ = x.shape
         q, k, v = self.qkv(self.norm_attention(x)).view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        positions = torch.arange(start, start + length, device=x.device)[None]
-        cos, sin = self.rotary(positions, start + length)
+        cos, sin = self.rotary(positions, bound)
         cos, sin = cos[:, None], sin[:, None]
         return apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v
 

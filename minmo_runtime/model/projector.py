@@ -12,6 +12,7 @@ Legend: B calls, T encoder frames, D_in encoder width, D LLM width, V CTC pieces
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,6 +94,10 @@ class InputProjector(nn.Module):
         x = frames[None]
         for layer, layer_state in zip(self.layers, state.layers, strict=True):
             x = layer.forward_chunk(x, layer_state)
+        return self._convolve(x, state, posteriors)
+
+    def _convolve(self, x: Tensor, state: ProjectorState, posteriors: Tensor | None) -> Tensor:
+        """[1, T, D_in] behind the layers -> [n, D]; the state's memory of the convolution moves on."""
         x = torch.cat([state.tail, x.transpose(1, 2)], dim=2)
         num_out = max(0, (x.shape[2] - self.dims.kernel_size) // self.dims.downsample + 1)
         state.tail = x[:, :, num_out * self.dims.downsample :]
@@ -107,6 +112,22 @@ class InputProjector(nn.Module):
             out = out + self._words(state.pieces[None, :used])[0]
             state.pieces = state.pieces[used:]
         return out
+
+    def forward_rows(
+        self, frames: Tensor, states: Sequence[ProjectorState], posteriors: Tensor
+    ) -> tuple[list[Tensor], list[ProjectorState]]:
+        """Streaming, one chunk of each of B calls: [B, T, D_in] and [B, T, V] -> their complete vectors, [n, D] each,
+        and the states after it; none is changed."""
+        x, layers = frames, []
+        for number, layer in enumerate(self.layers):
+            x, after = layer.forward_rows(x, [state.layers[number] for state in states])
+            layers.append(after)
+        vectors, after_rows = [], []
+        for row, state in enumerate(states):
+            own = ProjectorState([after[row] for after in layers], state.tail, state.pieces)
+            vectors.append(self._convolve(x[row : row + 1], own, posteriors[row]))
+            after_rows.append(own)
+        return vectors, after_rows
 
     def _words(self, posteriors: Tensor) -> Tensor:
         """Piece vectors weighted by the posteriors, summed over the frames of one output. The blank's row (0) stays

@@ -53,6 +53,31 @@ def test_projector_streaming_is_offline(seed, num_pieces, kernel_size):
     torch.testing.assert_close(torch.cat(parts), offline, **TOLERANCE)
 
 
+@pytest.mark.parametrize("num_pieces", [0, 11])
+@torch.no_grad()
+def test_projector_rows_of_any_age_in_one_batch_are_what_each_is_alone(num_pieces):
+    generator = torch.Generator().manual_seed(5)
+    projector = small_projector(num_pieces, 4)
+    ages = (0, 4, 5, 12)  # frames heard before: young, old, in the middle of a stride
+    before = [torch.randn(age, 16, generator=generator) for age in ages]
+    chunks = [torch.randn(len(ages), 4, 16, generator=generator) for _ in range(3)]
+    said = torch.rand(len(ages), 24, num_pieces, generator=generator)
+    states = [projector.init_state() for _ in ages]
+    for row, frames in enumerate(before):
+        projector.forward_chunk(frames, states[row], said[row, : len(frames)])
+    alone = [projector.init_state() for _ in ages]
+    for row, frames in enumerate(before):
+        projector.forward_chunk(frames, alone[row], said[row, : len(frames)])
+    for chunk in chunks:
+        untouched = [state.layers[0].position for state in states]
+        together, after = projector.forward_rows(chunk, states, said[:, :4])
+        assert [state.layers[0].position for state in states] == untouched  # a failed batch can be run again
+        states = after
+        for row, state in enumerate(alone):
+            wanted = projector.forward_chunk(chunk[row], state, said[row, :4])
+            torch.testing.assert_close(together[row], wanted, **TOLERANCE)
+
+
 @torch.no_grad()
 def test_projector_forgets_beyond_its_memory():
     projector = small_projector(0, 4)
