@@ -44,7 +44,8 @@ def call_bytes(contents: Mapping[str, Any], config: RuntimeConfig, hears_audio: 
     flow = FlowDims.from_dict(contents["flow"])
     estimator = flow.estimator
     blocks = (estimator.num_mid_blocks + 2) * estimator.n_blocks
-    frames = round(config.flow_window_s * flow.token_rate_hz * flow.frames_per_token)
+    prompt_s = flow.prompt_context_s if "prompt_voice" in contents.get("files", {}) else 0.0
+    frames = round((config.flow_window_s + prompt_s) * flow.token_rate_hz * flow.frames_per_token)
     rows = 2 if flow.inference_cfg_rate > 0 else 1
     width = estimator.num_heads * estimator.attention_head_dim
     return held + blocks * 2 * width * frames * max(1, flow.n_timesteps) * rows * size

@@ -15,6 +15,7 @@ from minmo_runtime.config import RuntimeConfig
 from minmo_runtime.decode_step import DecodeStep
 from minmo_runtime.model.backbone import Backbone, KvCache
 from minmo_runtime.model.fixed_shapes import FixedCalls
+from minmo_runtime.model.flow_prompt import FlowPrompt
 from minmo_runtime.model.interleave import Phase
 from minmo_runtime.model.vocoder import push_rows
 from minmo_runtime.model.voice_lm import OneRow
@@ -55,11 +56,12 @@ class Sound:
         prompt = checkpoint.prompt_voice
         self.prompt_tokens: tuple[int, ...] = ()
         self.prompt_vectors: Tensor | None = None
-        self.prompt_mel: Tensor | None = None
+        self.flow_prompt: FlowPrompt | None = None
         if prompt is None or self.voice_text is None:
             return
         self.voice = prompt.speaker.to(self.voice)
-        self.prompt_tokens, self.prompt_mel = prompt.tokens, prompt.mel.to(self.voice)
+        self.prompt_tokens = prompt.tokens
+        self.flow_prompt = FlowPrompt(self.flow, prompt.tokens, prompt.mel.to(self.voice), self.voice)
         ids = self.voice_text.encode(prompt.text)
         self.prompt_vectors = self.voice_lm.text_vectors(torch.tensor(ids, device=self.voice.device))
 
@@ -96,7 +98,10 @@ class Sound:
         )
         if said is not None:
             reply.voice.push(said)
-        reply.flow = self.flow.new_state(self.voice, list(tokens), self.prompt_mel, slot=stream.slot)
+        if self.flow_prompt is None:
+            reply.flow = self.flow.new_state(self.voice, slot=stream.slot)
+        else:
+            reply.flow = self.flow_prompt.new_state(self.flow_cache, stream.slot)
         reply.vocoder_state = self.vocoder.new_state()
 
     def voice_tokens(self, streams: list[Stream]) -> dict[str, str]:
@@ -129,6 +134,8 @@ class Sound:
 
         def take(row: int, _: Stream) -> None:
             reply, mel = replies[row], mels[row]
+            if self.flow_prompt is not None:
+                self.flow_prompt.look_at(reply.flow, self.flow_cache)
             if mel is not None and mel.shape[-1]:
                 check(mel, "the flow")
                 reply.mels.append(mel)

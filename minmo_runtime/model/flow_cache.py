@@ -66,6 +66,16 @@ class GrowingCache:
         return key, value
 
 
+class SlotCopy:
+    """All that a FlowCache holds of one slot."""
+
+    def __init__(self, parts: list[tuple[Tensor, Tensor]]) -> None:
+        self.parts = parts  # (the cache's tensor, this slot's share of it)
+
+    def is_finite(self) -> bool:
+        return all(bool(torch.isfinite(part).all()) for _, part in self.parts)
+
+
 class FlowCache:
     """`num_rows` rows; row = slot for the encoder, (step, slot, guided?) for the estimator: `Flow` numbers them.
 
@@ -104,15 +114,29 @@ class FlowCache:
     @torch.inference_mode()
     def reset(self, slot: int) -> None:
         """Empty a slot: a NaN left behind would reach its next owner through 0 * NaN."""
-        tensors = [*self._frames.values(), *(part for pair in self._keys.values() for part in pair)]
-        for tensor in tensors:
-            per_slot = tensor.view(-1, self.num_slots, *tensor.shape[1:])
-            per_slot[:, slot].zero_()
+        for tensor in self._tensors():
+            self._of_slot(tensor, slot).zero_()
+
+    def copy(self, slot: int) -> SlotCopy:
+        """What the slot holds now."""
+        return SlotCopy([(tensor, self._of_slot(tensor, slot).clone()) for tensor in self._tensors()])
+
+    @torch.inference_mode()
+    def paste(self, copy: SlotCopy, slot: int) -> None:
+        """The slot holds what `copy` was taken from."""
+        for tensor, part in copy.parts:
+            self._of_slot(tensor, slot).copy_(part)
+
+    def _tensors(self) -> list[Tensor]:
+        return [*self._frames.values(), *(part for pair in self._keys.values() for part in pair)]
+
+    def _of_slot(self, tensor: Tensor, slot: int) -> Tensor:
+        """Rows of one slot: the encoder's, or those of every Euler step, guided and not."""
+        return tensor.view(-1, self.num_slots, *tensor.shape[1:])[:, slot]
 
     @property
     def num_bytes(self) -> int:
-        tensors = [*self._frames.values(), *(part for pair in self._keys.values() for part in pair)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors())
 
     def frames_of(self, module: nn.Module, num_rows: int, like: Tensor, frames: int) -> Tensor:
         if module not in self._frames:

@@ -12,6 +12,7 @@ from torch import Tensor
 from minmo_runtime.model.fixed_shapes import FixedCalls
 from minmo_runtime.model.flow import Flow, FlowDims, FlowState
 from minmo_runtime.model.flow_cache import FlowCache
+from minmo_runtime.model.flow_prompt import FlowPrompt
 
 FLOW = FlowDims.from_dict(
     {
@@ -174,6 +175,45 @@ def test_a_window_behind_a_prompt_is_exact_for_as_long_as_it_holds_all(flow: Flo
     error = (made - wanted).abs()
     inside = ((3 + window) * FLOW.chunk_size - 12) * FLOW.frames_per_token  # pinned chunks, the window, less the prompt
     assert float(error[..., :inside].max()) < 1e-5 < float(error[..., inside:].mean())
+
+
+@pytest.mark.parametrize("num_prompt", [2, 12, 34])
+def test_a_prompt_is_run_once_and_later_turns_begin_behind_it(flow: Flow, num_prompt: int) -> None:
+    """34 tokens are more than stays in reach; 2 are less than a chunk, and nothing can be kept of them."""
+    rng = np.random.default_rng(11)
+    flow.dims = replace(FLOW, prompt_context_s=1.0)
+    try:
+        mel, embedding = torch.randn(1, 80, 2 * num_prompt), torch.randn(1, FLOW.spk_embed_dim)
+        prompt = FlowPrompt(flow, turn_tokens(rng, num_prompt), mel, embedding)
+        cache = flow.new_cache(NUM_SLOTS, 2, num_prompt)
+        num_jobs = []
+        for slot in (0, 2, 0):
+            tokens = turn_tokens(rng, 31)
+            state, mels = prompt.new_state(cache, slot), []
+            flow.push(state, tokens, is_final=True)
+            num_jobs.append(0)
+            while flow.can_step(state):
+                mels += [mel for mel in flow.step_rows([state], cache) if mel is not None]
+                prompt.look_at(state, cache)
+                num_jobs[-1] += 1
+            wanted = flow(torch.tensor([tokens]), embedding, torch.tensor([prompt.tokens]), mel)
+            assert float((torch.cat(mels, dim=-1) - wanted).abs().max()) < 1e-5
+            cache.reset(slot)
+    finally:
+        flow.dims = FLOW
+    saved = (num_prompt - 3) // FLOW.chunk_size * 3 if num_prompt > 3 else 0  # three jobs a chunk
+    assert num_jobs[1] == num_jobs[2] == num_jobs[0] - saved
+
+
+def test_a_prompt_that_gave_nan_is_not_kept(flow: Flow) -> None:
+    prompt = FlowPrompt(flow, [1] * 12, torch.full((1, 80, 24), torch.nan), torch.ones(1, FLOW.spk_embed_dim))
+    cache = flow.new_cache(NUM_SLOTS, 2, 12)
+    state = prompt.new_state(cache, 0)
+    flow.push(state, [1] * 20, is_final=True)
+    while flow.can_step(state):
+        flow.step_rows([state], cache)
+        prompt.look_at(state, cache)
+    assert prompt.kept is None
 
 
 def test_a_prompt_that_has_no_places_is_refused(flow: Flow) -> None:
