@@ -67,8 +67,8 @@ class RuntimeSide:
         self.context.add(ReopenRuntime())
 
     def close(self) -> None:
-        if self.is_up:
-            self.context.add(api.CloseStream(call_id=self.context.call_id))
+        """Also one that is not up yet: the engine may have opened it a moment ago."""
+        self.context.add(api.CloseStream(call_id=self.context.call_id))
 
     # ------------------------------------------------------------------ requests
 

@@ -96,20 +96,25 @@ class RuntimeClient:
                 self._receive(body)
         except (ConnectionError, ProtocolError, msgspec.ValidationError, msgspec.DecodeError) as error:
             reason = str(error)
-        self._lose(reason)
+        finally:  # however reading ends: a connection that nobody reads must not look alive
+            self._lose(reason)
 
     def _receive(self, body: bytes) -> None:
         event = decode_event(body)
         call_id = event.call_id
         match event:
             case StreamRefused():
-                if opening := self._opening.pop(call_id, None):
+                opening = self._opening.pop(call_id, None)
+                if opening is not None and not opening.done():
                     opening.set_exception(RuntimeOverloaded(event.reason))
             case StreamEnded():
                 self._open.discard(call_id)
                 self._queues.end(call_id)
             case _:
                 if isinstance(event, StreamOpened) and (opening := self._opening.pop(call_id, None)):
+                    if opening.done():  # who asked has given up meanwhile: a caller who hung up while it rang
+                        self._writer.write(pack(CloseStream(call_id=call_id)))
+                        return
                     self._open.add(call_id)
                     self._queues.open(call_id)
                     opening.set_result(None)

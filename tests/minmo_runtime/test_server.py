@@ -17,6 +17,7 @@ from minmo_runtime.api import (
     OpenStream,
     PushAudio,
     ReplyFinished,
+    RuntimeRequest,
     Say,
     StreamLost,
     StreamOpened,
@@ -127,6 +128,35 @@ async def test_a_closed_connection_takes_its_streams_with_it(tmp_path: Path) -> 
             break
         await asyncio.sleep(0.01)
     assert not runtime.streams
+    await server.stop()
+
+
+class SlowToOpen(FakeRuntime):
+    """An engine that is busy when a stream is asked for."""
+
+    async def send(self, request: RuntimeRequest) -> None:
+        if isinstance(request, OpenStream):
+            await asyncio.sleep(0.1)
+        await super().send(request)
+
+
+async def test_a_caller_who_hangs_up_while_the_engine_opens_harms_no_other_call(tmp_path: Path) -> None:
+    runtime = SlowToOpen(max_streams=1)
+    server = RuntimeServer(runtime, tmp_path / "s.sock")
+    await server.start()
+    client = await RuntimeClient.connect(tmp_path / "s.sock")
+    for _ in range(3):  # more often than there are places
+        asking = asyncio.create_task(client.send(OpenStream(call_id="gone", system_prompt="")))
+        await asyncio.sleep(0.03)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        await asyncio.sleep(0.3)
+        assert not runtime.streams, "a place that nobody will ever give back"
+    async with asyncio.timeout(5):
+        await client.send(OpenStream(call_id="next", system_prompt=""))
+        assert isinstance(await anext(client.events("next")), StreamOpened)
+    assert not client.is_lost
+    await client.close()
     await server.stop()
 
 
