@@ -79,6 +79,24 @@ def test_projector_rows_of_any_age_in_one_batch_are_what_each_is_alone(num_piece
 
 
 @torch.no_grad()
+def test_connectors_run_in_bfloat16_where_their_weights_are():
+    """Every device but the CPU would refuse a tensor made elsewhere; "meta" does too, and needs no GPU."""
+    with torch.device("meta"):
+        projector = InputProjector(ProjectorDims(16, 24, num_heads=2, ffn_size=32, num_pieces=11)).to(torch.bfloat16)
+        duplex = DuplexPredictor(DuplexDims(96, hidden_size=16, num_heads=2, ffn_size=32)).to(torch.bfloat16)
+
+    def zeros(*shape):
+        return torch.zeros(*shape, device="meta", dtype=torch.bfloat16)
+
+    states = [projector.init_state(), projector.init_state()]
+    for _ in range(2):
+        vectors, states = projector.forward_rows(zeros(2, 4, 16), states, zeros(2, 4, 11))
+    assert vectors[0].is_meta and vectors[0].dtype is torch.bfloat16
+    speaks = torch.zeros(1, dtype=torch.bool, device="meta")
+    assert duplex.forward_chunk(StepInputs(zeros(1, 96), speaks), duplex.init_state()).is_meta
+
+
+@torch.no_grad()
 def test_projector_forgets_beyond_its_memory():
     projector = small_projector(0, 4)
     state = projector.init_state()
