@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -21,6 +21,8 @@ from agent.lab.scenarios import clip
 from agent.raw_sip_peer import RawPeer, to_tag
 
 CYCLE_S = 7.5  # one sentence, then silence in which the agent answers
+ANSWERED_WITHIN_S = 2.5
+_BEFORE_S = 0.2
 _PACKET = 160
 _PTIME_S = 0.02
 _SLOTS = 4  # a packet time is cut into so many; the callers are spread over them
@@ -41,18 +43,30 @@ class Caller:
     media_address: tuple[str, int]
     arrivals: Arrivals
     dialled_s: float  # from INVITE to 200
+    said_s: list[float] = field(default_factory=list)  # when each of its sentences ended
+
+    def answers_s(self, from_s: float, to_s: float) -> list[float | None]:
+        """How long each sentence of that time waited for an answer; None: over `ANSWERED_WITHIN_S`. Left out are those
+        into which the agent was still speaking, and those too late for an answer to be due."""
+        ends = [end for end in self.said_s if from_s + _BEFORE_S <= end < to_s - ANSWERED_WITHIN_S]
+        found: list[float | None] = []
+        for end in ends:
+            packets = self.arrivals.between(end - _BEFORE_S, end + ANSWERED_WITHIN_S)
+            if not any(is_loud for at, is_loud in packets if at < end):
+                found.append(next((at - end for at, is_loud in packets if is_loud), None))
+        return found
 
     def hang_up(self) -> None:
         self.peer.request("BYE", cseq=2, to_tag=self.tag)
 
 
-def payloads() -> list[bytes]:
-    """One cycle of the caller's voice, mu-law, packet by packet."""
+def payloads() -> tuple[list[bytes], int]:
+    """One cycle of the caller's voice, mu-law, packet by packet; and the number of the first one after the sentence."""
     speech = np.frombuffer(clip("order_status"), "<i2").astype(float)
     cycle = np.zeros(round(CYCLE_S * rtp.RATE_HZ))
     cycle[: len(speech)] = speech[: len(cycle)]
     codes = rtp.encode(rtp.PCMU, cycle)
-    return [codes[at : at + _PACKET] for at in range(0, len(codes), _PACKET)]
+    return [codes[at : at + _PACKET] for at in range(0, len(codes), _PACKET)], -(-len(speech) // _PACKET)
 
 
 class Crowd(threading.Thread):
@@ -63,7 +77,7 @@ class Crowd(threading.Thread):
         self.callers: list[Caller] = []
         self.most_late_s = 0.0  # of our own packets: a machine that is too full for the bench itself
         self._reader = RtpReader([])
-        self._payloads = payloads()
+        self._payloads, self._sentence_packets = payloads()
         self._is_over = False
 
     def start(self) -> None:
@@ -102,9 +116,11 @@ class Crowd(threading.Thread):
             number = slot // _SLOTS
             for index in range(slot % _SLOTS, len(self.callers), _SLOTS):
                 caller = self.callers[index]
-                payload = self._payloads[(number + index * 37) % len(self._payloads)]
+                position = (number + index * 37) % len(self._payloads)
+                if position == self._sentence_packets:
+                    caller.said_s.append(time.time())  # the clock of the kernel's stamps
                 header = RTP_HEADER.pack(0x80, 0, number & 0xFFFF, _PACKET * number & 0xFFFFFFFF, 4711 + index)
-                caller.peer.media.sendto(header + payload, caller.media_address)
+                caller.peer.media.sendto(header + self._payloads[position], caller.media_address)
             slot += 1
 
     def stop(self) -> None:

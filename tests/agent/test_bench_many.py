@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import pytest
 
-from agent.bench_callers import CYCLE_S, payloads
+from agent.bench_callers import CYCLE_S, Caller, payloads
 from agent.bench_many import Level, levels_of, machine_s, result_of, role_of
 from agent.bench_wire import Arrivals
 from agent.lab import rtp
@@ -19,6 +20,8 @@ def test_a_level_holds_only_when_everybody_was_answered_in_time_and_in_full() ->
     assert FIRST.holds
     assert not dataclasses.replace(FIRST, gap_p99_ms=25.0).holds
     assert not dataclasses.replace(FIRST, delivered=0.97).holds
+    assert dataclasses.replace(FIRST, answers_s=(0.7,) * 9 + (None,)).holds
+    assert not dataclasses.replace(FIRST, answers_s=(0.7,) * 8 + (None,) * 2).holds
     assert not dataclasses.replace(FIRST, refused=("SIP/2.0 503 Service Unavailable",)).holds
 
 
@@ -49,7 +52,9 @@ def test_all_workers_are_one_role() -> None:
 
 
 def test_a_caller_says_one_sentence_a_cycle_and_is_silent_then() -> None:
-    said = rtp.DECODE[rtp.PCMU][np.frombuffer(b"".join(payloads()), np.uint8)].astype(float)
+    packets, sentence_packets = payloads()
+    said = rtp.DECODE[rtp.PCMU][np.frombuffer(b"".join(packets), np.uint8)].astype(float)
+    assert not np.abs(said[sentence_packets * 160 :]).max() > 100
     assert len(said) == CYCLE_S * rtp.RATE_HZ
     assert said[:8_000].std() > 500 and np.abs(said[-16_000:]).max() < 100
 
@@ -57,6 +62,15 @@ def test_a_caller_says_one_sentence_a_cycle_and_is_silent_then() -> None:
 def test_packets_of_a_span_are_those_between_its_ends() -> None:
     arrivals = Arrivals([(1.0, True), (1.02, False), (1.04, True)])
     assert arrivals.between(1.01, 1.04) == [(1.02, False)]
+
+
+def test_an_answer_is_the_first_sound_after_a_sentence_that_the_agent_did_not_speak_into() -> None:
+    loud = {12.9, 13.0, 16.6, 22.9}
+    packets = [(round(10 + tick * 0.1, 1), round(10 + tick * 0.1, 1) in loud) for tick in range(200)]
+    caller = Caller(None, "", ("", 0), Arrivals(packets), 0.1, said_s=[11.95, 13.05, 16.0, 19.0, 28.9])  # type: ignore[arg-type]
+    waits = caller.answers_s(10.0, 30.0)
+    # 13.05: the agent spoke into it; 28.9: its answer is not due yet
+    assert waits[:2] == [pytest.approx(0.95), pytest.approx(0.6)] and waits[2:] == [None]
 
 
 def test_the_machines_busy_time_is_part_of_all_its_time() -> None:
