@@ -199,6 +199,31 @@ def test_streamed_turn_equals_the_reference(case: tuple[Flow, Tensors]) -> None:
 
 
 @torch.inference_mode()
+def test_turns_in_company_equal_the_reference(case: tuple[Flow, Tensors]) -> None:
+    """As served: caches of fixed size, rows of different ages at different Euler steps in one pass. The window holds
+    all that there is; a smaller one is another function (test_engine_flow.py)."""
+    flow, io = case
+    v = scenario(io, "e2e")
+    prompt, tokens = v["in.prompt_token"][0].tolist(), v["in.token"][0].tolist()
+    window = -(-(len(prompt) + len(tokens)) // flow.dims.chunk_size)
+    cache = flow.new_cache(2, window, len(prompt))
+    states = [flow.new_state(v["in.embedding"], prompt, v["in.prompt_feat"].transpose(1, 2), slot=s) for s in (0, 1)]
+    mels: list[list[torch.Tensor]] = [[], []]
+    flow.push(states[0], tokens, is_final=True)
+    for round_ in range(2 * (window + 1) * (flow.dims.n_timesteps + 1)):
+        if round_ == 3:
+            flow.push(states[1], tokens, is_final=True)
+        for is_inside in (True, False):
+            rows = [row for row, s in enumerate(states) if flow.can_step(s) and (s.chunk is not None) is is_inside]
+            made = flow.step_rows([states[row] for row in rows], cache) if rows else []
+            for row, mel in zip(rows, made, strict=True):
+                mels[row] += [] if mel is None else [mel]
+    assert not any(flow.can_step(state) for state in states)
+    for turn in mels:
+        assert max_error(torch.cat(turn, dim=-1), v["streaming_1_finalize_1.out.mel"]) < 2e-4
+
+
+@torch.inference_mode()
 def test_aligned_prefix_is_the_start_of_the_longer_mel(case: tuple[Flow, Tensors]) -> None:
     """Only if prompt and tokens fill whole chunks: the reference differs otherwise, so a caller must align."""
     flow, io = case
