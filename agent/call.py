@@ -94,6 +94,8 @@ class Call:
                 self._on_confirmed(event, now)
             case tel.ReferResult():
                 self._on_referred(event, now)
+            case tel.Referred(target=target, sip_status=sip_status):
+                self.context.journal("referred", target=target, sip_status=sip_status)
             case tel.HoldChanged(is_held=is_held, by=by):
                 self.context.journal("hold" if is_held else "unhold", by=by)
             case tel.MediaHealth():

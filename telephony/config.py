@@ -83,8 +83,8 @@ class TelephonyConfig:
 
     trunks: tuple[TrunkConfig, ...] = ()
     """Carriers and PBXs, each a table [[telephony.trunks]]: name, hosts, transport, sources, registers,
-    register_expires_s, username, password_env, realm, domain, caller_id, did_from, is_identity_trusted, options_s,
-    failover_s. See docs/telephony.md."""
+    register_expires_s, username, password_env, realm, domain, caller_id, did_from, is_identity_trusted,
+    refer_hosts, options_s, failover_s. See docs/telephony.md."""
 
     is_registrar: bool = True
     """Does this worker REGISTER for the trunks that want it? Set by the pool: exactly one does."""

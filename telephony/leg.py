@@ -99,6 +99,14 @@ class ReferResult(Message, frozen=True):
     reason: str = ""
 
 
+class Referred(Message, frozen=True):
+    """The party sends us to somebody else (an inbound REFER that its trunk allows, RFC 3515). sip_status: 0 = `target`
+    is being called; 200 = the same leg goes on with it; else its refusal."""
+
+    target: str
+    sip_status: int = 0
+
+
 class HoldChanged(Message, frozen=True):
     """The party put us on hold or took us back (RFC 3264 §8.4), or we did; nothing we play is heard on hold."""
 
@@ -222,6 +230,7 @@ LegEvent = (
     | PlayoutProgress
     | Flushed
     | ReferResult
+    | Referred
     | HoldChanged
     | MediaHealth
     | WireMetric

@@ -61,6 +61,9 @@ class TrunkConfig:
     is_identity_trusted: bool = False
     """Its P-Asserted-Identity is believed (RFC 3325 §9) and ours is sent; else the header means nothing."""
 
+    refer_hosts: tuple[str, ...] = ()
+    """Hosts (`host` or `host:port`) that a REFER in one of its calls may send us to (RFC 3515); empty = 603."""
+
     options_s: int = 0
     """An OPTIONS so often tells whether a host answers; one that does not is tried last. 0 = never; else 5-3600."""
 
@@ -70,13 +73,15 @@ class TrunkConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
             raise self.refusal("name", "must be 1 to 32 letters, digits, - or _")
-        for key in ("hosts", "sources"):
+        for key in ("hosts", "sources", "refer_hosts"):
             value = getattr(self, key)
             if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
                 raise self.refusal(key, "must be a list of strings")
             object.__setattr__(self, key, tuple(value))
         if not self.hosts or not all(_HOST.fullmatch(host) for host in self.hosts):
             raise self.refusal("hosts", "must be one or more of host or host:port")
+        if not all(_HOST.fullmatch(host) for host in self.refer_hosts):
+            raise self.refusal("refer_hosts", "must be host or host:port")
         for source in self.sources:
             try:
                 ipaddress.ip_network(source)

@@ -30,6 +30,7 @@ from telephony.leg import (
     PlayoutProgress,
     Progress,
     Refer,
+    Referred,
     ReferResult,
     Reject,
     Resume,
@@ -149,6 +150,7 @@ ToAgent = (
     | LegStateChanged
     | DtmfReceived
     | ReferResult
+    | Referred
     | HoldChanged
     | MediaHealth
     | PlayoutProgress

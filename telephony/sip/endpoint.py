@@ -26,6 +26,7 @@ from telephony.sip.leg import SipLeg
 from telephony.sip.media_port import MediaPorts, check_frame_copy
 from telephony.sip.outbound import OutboundAttempt
 from telephony.sip.packets import PjsipLog
+from telephony.sip.referral import Referrals, may_refer
 from telephony.sip.shed import Shedder, openssl_version, pjsip_library
 from telephony.sip.trunk import Neighbours, Route, TrunkRefused, clean, identify, read_invite, routes_of
 from telephony.wire import PlaceCall, SecurityEvent, TrunkChanged
@@ -67,6 +68,7 @@ class SipEndpoint:
         self.bridges = Bridges(
             config.bridges_refused_transfers, self.legs, self._hidden, self._sink, self._call_target
         )  # fmt: skip
+        self._referrals = Referrals(self.legs, self._hidden, self._sink)
         self._now_s = 0.0
         self._free_rtp_port = _free_even_port(config.sip_bind)
         self._endpoint = pj.Endpoint()
@@ -187,6 +189,7 @@ class SipEndpoint:
         while self._next_routes:
             self._try_next(*self._next_routes.pop(0))
         self.bridges.poll()
+        self._referrals.poll(now_s)
         if self._gate is not None:
             self._gate.poll(now_s)
         while self._log.malformed:
@@ -196,7 +199,7 @@ class SipEndpoint:
     def _bury(self, now_s: float) -> None:
         """Free finished legs. pjsua2's destructor of a Call acts on its slot number, so never while a new call has the
         slot."""
-        in_use = {leg.getId() for leg in (*self.legs.values(), *self._hidden.values(), *self.bridges.legs)}
+        in_use = {leg.getId() for leg in (*self.legs.values(), *self._hidden.values(), *self._others())}
         self._buried = [(at_s, leg) for at_s, leg in self._buried if at_s > now_s or leg.getId() in in_use]
 
     def check_deadlines(self, now_s: float) -> None:
@@ -227,7 +230,7 @@ class SipEndpoint:
     def on_invite(self, account: pj.Account, prm: pj.OnIncomingCallParam) -> None:
         leg = SipLeg(
             account, self.config, uuid.uuid4().hex[:16], "inbound", self._on_leg, self._ports, prm.callId,
-            security=self._note,
+            security=self._note, on_refer=self._on_refer,
         )  # fmt: skip
         source = prm.rdata.srcAddress
         status = self._admission()
@@ -344,7 +347,7 @@ class SipEndpoint:
         is_over = isinstance(event, LegStateChanged) and event.state is LegState.DISCONNECTED
         if is_over:
             self._buried.append((self._now_s + _BURIAL_S, leg))
-        if self.bridges.takes(leg, event):
+        if self.bridges.takes(leg, event) or self._referrals.takes(leg, event):
             return
         attempt = self._attempts.get(leg.leg_id)
         if attempt is not None and id(leg) not in self._hidden:
@@ -372,7 +375,23 @@ class SipEndpoint:
     @property
     def num_calls(self) -> int:
         """All that use a slot, the agent's and the joined ones."""
-        return len({leg.leg_id for leg in (*self.legs.values(), *self.bridges.legs)})
+        return len({id(leg) for leg in (*self.legs.values(), *self._others())})
+
+    def _others(self) -> list[SipLeg]:
+        return [*self.bridges.legs, *self._referrals.legs]
+
+    def _on_refer(self, leg: SipLeg, target: str) -> SipLeg | None:
+        """The party sends us elsewhere; None = refused."""
+        trunk = leg.incoming.trunk if leg.incoming else ""
+        is_busy = leg.is_joined or self._referrals.is_busy(leg) or self.num_calls >= self.max_calls
+        if leg.state is not LegState.CONFIRMED or is_busy or not may_refer(self.config, trunk, target):
+            return None
+        second = SipLeg(  # by the account of the first dialog: pjsua2 asserts it
+            leg.account, self.config, leg.leg_id, "outbound", self._on_leg, self._ports, media=leg.media,
+            security=self._note, on_refer=self._on_refer,
+        )  # fmt: skip
+        self._referrals.begin(leg, second, target)
+        return second
 
     def join(self, leg: SipLeg, other: SipLeg | None) -> None:
         """See `wire.JoinLegs`; ValueError when it cannot be."""
@@ -408,7 +427,7 @@ class SipEndpoint:
         return str(error.info(False)) if isinstance(error, pj.Error) else None
 
     def end_all(self, cause: Cause) -> None:
-        for leg in {id(leg): leg for leg in (*self.legs.values(), *self.bridges.legs)}.values():
+        for leg in {id(leg): leg for leg in (*self.legs.values(), *self._others())}.values():
             leg.end(cause)
 
 

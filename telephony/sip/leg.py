@@ -56,6 +56,8 @@ _STATES = {
 _DECLINE = 603
 SecurityNote = Callable[[str, str, str, int], None]
 """(kind, source, detail, count): see wire.SecurityEvent."""
+OnRefer = Callable[["SipLeg", str], "SipLeg | None"]
+"""(leg, Refer-To): the leg that pjsip shall call the target on; None = 603."""
 DTMF_METHODS = ("auto", "rfc4733", "info", "inband")
 _NETWORK_STATUSES = {408, 503}  # what pjsip itself reports for no answer and for no transport
 
@@ -79,12 +81,12 @@ class SipLeg(pj.Call):
     def __init__(
         self, account: pj.Account, config: TelephonyConfig, leg_id: str, direction: str,
         sink: Callable[[SipLeg, LegEvent], None], ports: MediaPorts, call_id: int = pj.PJSUA_INVALID_ID,
-        media: LegMedia | None = None, security: SecurityNote | None = None,
+        media: LegMedia | None = None, security: SecurityNote | None = None, on_refer: OnRefer | None = None,
     ) -> None:  # fmt: skip
         """`media`: of the leg this one takes the place of (the same call by another route). `security`: is told of
         what forged packets were kept out."""
         super().__init__(account, call_id)
-        self.leg_id, self.direction = leg_id, direction
+        self.account, self.leg_id, self.direction = account, leg_id, direction
         self.state = LegState.INCOMING if direction == "inbound" else LegState.NULL
         self.media = media or LegMedia(leg_id, config)
         self._ports = ports
@@ -111,6 +113,8 @@ class SipLeg(pj.Call):
         self._packets_at_lock = 0
         self._security = security
         self._is_intrusion_told = False
+        self._on_refer = on_refer
+        self.is_waiting = False  # for another leg's media: see `take_over`
 
     # ----------------------------------------------------------------- commands
 
@@ -167,6 +171,18 @@ class SipLeg(pj.Call):
         """Let the other party hear this one."""
         self.is_joined = True
         self.getAudioMedia(-1).startTransmit(other.getAudioMedia(-1))
+
+    def take_over(self, before: SipLeg) -> None:
+        """Go on with the clock, the play-out and the agent of a leg whose party sent us here."""
+        port, before._port = before._port, None
+        if port is not None and before.isActive() and before._has_media:
+            stream = before.getAudioMedia(-1)
+            port.stopTransmit(stream)
+            stream.stopTransmit(port)
+        self._port, self.is_waiting = port, False
+        self.media.is_held = False
+        self.incoming = before.incoming
+        self._start_media()
 
     @property
     def is_ended_by_us(self) -> bool:
@@ -248,7 +264,7 @@ class SipLeg(pj.Call):
         if state is self.state:
             return
         self.state = state
-        if state is LegState.CONFIRMED:
+        if state is LegState.CONFIRMED and not self.is_waiting:
             self.media.confirmed(time.monotonic())
         codec = self._codec() if state is LegState.CONFIRMED else ""
         self._sink(self, LegStateChanged(leg_id=self.leg_id, state=state, sample=self.media.sample, codec=codec))
@@ -262,7 +278,8 @@ class SipLeg(pj.Call):
         info = self.getInfo()  # named, because SWIG frees it with its last reference while `media` points into it
         statuses = [media.status for media in info.media if media.type == pj.PJMEDIA_TYPE_AUDIO]
         self._has_media = any(status != pj.PJSUA_CALL_MEDIA_NONE for status in statuses)
-        self.media.is_held = pj.PJSUA_CALL_MEDIA_ACTIVE not in statuses
+        if not self.is_waiting:
+            self.media.is_held = pj.PJSUA_CALL_MEDIA_ACTIVE not in statuses
         audio = [media.dir for media in info.media if media.type == pj.PJMEDIA_TYPE_AUDIO]
         self._is_silenced = not any(direction & pj.PJMEDIA_DIR_DECODING for direction in audio)
         self._lock.open()  # there may be a new stream from another address
@@ -284,7 +301,11 @@ class SipLeg(pj.Call):
 
     @_guarded
     def onCallTransferRequest(self, prm: pj.OnCallTransferRequestParam) -> None:
-        prm.statusCode = INBOUND_REFER_STATUS
+        second = self._on_refer(self, prm.dstUri.strip("<> ")) if self._on_refer is not None else None
+        if second is None:
+            prm.statusCode = INBOUND_REFER_STATUS
+        else:
+            prm.statusCode, prm.newCall = 202, second
 
     @_guarded
     def onCallReplaceRequest(self, prm: pj.OnCallReplaceRequestParam) -> None:
@@ -303,6 +324,8 @@ class SipLeg(pj.Call):
 
     def _start_media(self) -> None:
         """Join port and stream; again after a re-INVITE, which may have made a new stream."""
+        if self.is_waiting:
+            return
         if self._port is None:
             self._port = self._ports.lend(self.media)
         if self._has_media and not self.media.is_held:

@@ -1,5 +1,5 @@
-"""REFER (RFC 3515): ours goes out blind and is followed to its final NOTIFY; theirs, and Replaces (RFC 3891), are
-refused.
+"""REFER (RFC 3515): ours goes out blind and is followed to its final NOTIFY; theirs is refused
+unless its trunk allows it (sip/referral.py), and Replaces (RFC 3891) always.
 
 Plain state, told by `sip/leg.py` what pjsip reports; time is an argument.
 """
