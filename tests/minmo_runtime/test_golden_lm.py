@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,6 +53,15 @@ def lm(case: Case) -> VoiceLm:
     model.load_state_dict(case.weights(), strict=True)
     return model.eval()
 
+
+# Its interleaved decode; it has no cap in its last phase.
+AS_REFERENCE: dict[str, Any] = {
+    "accept_early_fill": True,
+    "repeat_last_input": True,
+    "continue_whole_prompt": True,
+    "ban_other_stops": False,
+    "max_voice_extra": 1000,
+}
 
 Decoded = tuple[VoiceTurn, list[tuple[int, int]], torch.Tensor]
 
@@ -112,20 +122,37 @@ def test_one_forward_over_all_rows_is_the_references(lm: VoiceLm, io: Tensors) -
 
 def test_interleaved_decode_is_the_references_with_its_oddity_switched_on(lm: VoiceLm, io: Tensors) -> None:
     """The repeated input before the final text is reproduced here and off in service: training has no such row."""
-    # The reference has no cap in its last phase.
-    rules = lm.dims.rules(
-        accept_early_fill=True,
-        repeat_last_input=True,
-        continue_whole_prompt=True,
-        ban_other_stops=False,
-        max_voice_extra=1000,
-    )
+    rules = lm.dims.rules(**AS_REFERENCE)
     for name in scenarios(io, "bistream"):
         v = scenario(io, name)
         turn, fed, logits = decode(lm, rules, v)
         assert turn.voice_tokens == v["out.tokens"].tolist(), name
         assert turn.decoded == v["out.emitted_with_fill_eos"].tolist(), name
         check_trace(v, fed, logits)
+
+
+def test_replies_in_company_are_the_references(lm: VoiceLm, io: Tensors) -> None:
+    """As served: every interleaved scenario in one batch, text arriving token by token, the likeliest id each time."""
+    rules = lm.dims.rules(**AS_REFERENCE)
+    likeliest = SamplingRules(temperature=0.0)
+    all_v = [scenario(io, name) for name in scenarios(io, "bistream")]
+    longest = max(len(v["trace.kind"]) for v in all_v) + 64
+    cache, streams, waiting = lm.new_cache(len(all_v), longest), [], []
+    for slot, v in enumerate(all_v):
+        prompt_text, voice = v["in.prompt_text"][0], v["in.prompt_speech_token"][0].tolist()
+        stream = lm.new_stream(slot, slot, rules, likeliest, prompt_voice=voice, num_prompt_text=len(prompt_text))
+        stream.push(lm.text_vectors(prompt_text))
+        streams.append(stream)
+        waiting.append(list(lm.text_vectors(v["in.text"][0])))
+    for _ in range(2 * longest):
+        for stream, vectors in zip(streams, waiting, strict=True):
+            if vectors:
+                stream.push(vectors.pop(0)[None])
+                if not vectors:
+                    stream.finish()
+        lm.decode_step(streams, cache)
+    for stream, v in zip(streams, all_v, strict=True):
+        assert stream.turn.decoded == v["out.emitted_with_fill_eos"].tolist()
 
 
 def test_service_feeds_each_voice_row_once(lm: VoiceLm, io: Tensors) -> None:
