@@ -1,4 +1,5 @@
-"""The benches of many calls for real, a few calls each: what is asserted is what a loaded machine cannot break."""
+"""The benches of many calls for real, a few calls each: what is asserted is what a loaded machine cannot break.
+users.md P1: the packets' spacing under many calls is a figure with a bound, and the ramp finds where it ends."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Where a SIP caller's voice lies in the recording: pjsip's jitter buffer places it by RTP timestamp on our clock.
 
 A caller whose clock is wrong by far more than any crystal (0.5 %), over a line that loses 1 %: in 20 s the two clocks
-part by 100 ms, and the recording's channels do not.
+part by 100 ms, and the recording's channels do not. users.md P15.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Line echo on real voices: what is removed, what counts as the caller, and the duck that follows from it."""
+"""Line echo on real voices: what is removed, what counts as the caller, and the duck that follows from it.
+users.md P11, L15: hears its own voice."""
 
 from __future__ import annotations
 

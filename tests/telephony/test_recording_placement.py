@@ -2,6 +2,7 @@
 
 Ten minutes over a line with 1 % loss and jitter, the browser's clock wrong by what cheap crystals are (RFC 3550 knows
 no bound; 100 ppm is common, 200 ppm is bad): whatever was lost, both channels stay side by side.
+users.md P15.
 """
 
 from __future__ import annotations

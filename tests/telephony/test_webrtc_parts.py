@@ -139,6 +139,21 @@ def test_lost_packets_are_concealed_for_60_ms_and_time_stays_true() -> None:
     assert np.array_equal(heard[6 * FRAME :], tone(6 * FRAME))
 
 
+def test_a_stall_of_the_machine_leaves_no_delay_behind() -> None:
+    line = timeline(40)
+    for number in range(40):
+        line.push(number * FRAME, tone(number * FRAME))
+        line.pull()
+    before = line.in_hand
+    for _ in range(3):  # the clock ran on, the packets came late and all at once
+        line.pull()
+    for number in range(40, 300):
+        line.push(number * FRAME, tone(number * FRAME))
+        if number >= 43:
+            line.pull()
+    assert line.in_hand <= before + FRAME // 2
+
+
 def test_delay_after_a_burst_is_given_back_and_what_nobody_can_hear_is_bounded() -> None:
     line, at = timeline(40), 0
     for _ in range(100):  # a burst of two seconds at once
