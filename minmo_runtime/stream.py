@@ -185,6 +185,7 @@ class Stream:
 
     def _say(self, request: Say, now: float) -> None:
         self.drop_draft()
+        self.listening.decide()  # what is heard over this sentence begins behind it
         text = " ".join(request.text.split())
         reply = Reply(
             request.turn_id,

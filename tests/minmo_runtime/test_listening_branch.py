@@ -146,6 +146,23 @@ def test_a_backchannel_drops_the_branch_and_leaves_no_trace(checkpoint: Checkpoi
     assert_read(room, stream)
 
 
+def test_what_is_said_over_the_next_sentence_begins_behind_that_one(checkpoint: Checkpoint) -> None:
+    room, stream = opened(checkpoint)
+    speaking(room)
+    clock = push(room, 0.5, 2, 0)
+    old = stream.listening.branch
+    assert old is not None
+    room.now += 10.0  # nobody decided what that was
+    room.send(Say(call_id="c", turn_id="s2", text="are you still there, and can you hear me?"))
+    rest(room)
+    room.now += 0.3
+    push(room, 0.5, 3, clock)
+    new = stream.listening.branch
+    assert new is not None and new is not old
+    said = [message.text for message in new.conversation.messages if message.role == "assistant"]
+    assert said[0] == SENTENCE
+
+
 @pytest.mark.parametrize("is_estimate_right", [True, False])
 def test_an_interruption_goes_on_from_the_branch(checkpoint: Checkpoint, is_estimate_right: bool) -> None:
     room, stream = opened(checkpoint)
