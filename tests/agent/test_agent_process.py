@@ -232,3 +232,23 @@ async def test_a_notice_that_was_not_heard_is_said_again_before_anything_is_reco
     assert notice_end is not None and notice_end > after["resumed_at"]
     assert after["samples"] is not None and not after["samples"][:notice_end].any()
     assert len(after["samples"]) == after["ended_at"]
+
+
+async def test_P3_a_second_after_the_hang_up_nothing_of_the_call_runs_any_more(
+    config: Config, tmp_path: Path, engine: RuntimeServer
+) -> None:
+    """users.md P3: 100 % CPU forever after hang-up."""
+    process = agent_process(config, tmp_path)
+    leg = LoopbackLeg(LEG_ID)
+    call = asyncio.create_task(process.reception.guard(leg))
+    leg.ring()
+    await until(lambda: leg.state is tel.LegState.CONFIRMED)
+    name = call_id_of(LEG_ID)
+    assert [task for task in asyncio.all_tasks() if name in task.get_name()]
+    leg.hang_up()
+    await asyncio.wait_for(call, 1.0)
+    assert not [task for task in asyncio.all_tasks() if name in task.get_name()]
+    assert not process.reception.calls and process.reception.num_busy == 0
+    process.store.close()
+    process.writer.shutdown()
+    await process.engines.close()

@@ -51,7 +51,7 @@ async def registered(near, name="carrier"):
 
 
 @pytest.mark.parametrize("transport", ["udp", "tcp"])
-async def test_registered_trunk_gets_its_calls_with_the_number_that_was_dialled(transport, tmp_path):
+async def test_P5_registered_trunk_gets_its_calls_with_the_number_that_was_dialled(transport, tmp_path):
     async with carrier(tmp_path) as kam:
         settings = trunk(kam.address, registers=True, did_from="to", transport=transport, domain="127.0.0.1")
         async with line(trunks=(settings,), transports=("udp", "tcp")) as near:
@@ -146,7 +146,7 @@ async def test_options_tell_which_host_answers_and_the_dead_one_is_tried_last(tm
             await call.ended()
 
 
-async def test_one_way_audio_is_named_two_seconds_after_the_answer(tmp_path):
+async def test_L11_one_way_audio_is_named_two_seconds_after_the_answer(tmp_path):
     """users.md L11: greeting plays, then silence."""
     async with line() as near:
         with sipp_callee(tmp_path) as callee:  # SIPp's answering scenario sends no RTP

@@ -64,7 +64,7 @@ def telling_a_story(scene: Scene) -> Scene:
 @pytest.mark.parametrize(
     ("delay_ms", "gain", "max_ducks"), [(40, 0.5, 0), (80, 1.0, 1), (380, 0.35, 1)]
 )  # a late echo is learnt later
-def test_our_own_echo_never_stops_the_agent(delay_ms: int, gain: float, max_ducks: int) -> None:
+def test_P11_L15_our_own_echo_never_stops_the_agent(delay_ms: int, gain: float, max_ducks: int) -> None:
     scene = telling_a_story(OnALineWithEcho(STORY, delay_ms=delay_ms, gain=gain))
     scene.run_until(lambda: any(text.endswith("word29") for text in scene.heard_turns), 15)
     assert not scene.requests(api.CancelReply) and len(scene.commands(tel.Duck)) <= max_ducks
@@ -90,13 +90,13 @@ def seconds_to_the_answer(manner: DuplexManner) -> float:
     return scene.run_until(lambda: scene.state in ("thinking", "speaking"), 5)
 
 
-def test_a_patient_line_waits_out_a_pause_in_which_a_brisk_one_answers() -> None:
+def test_L1_L2_a_patient_line_waits_out_a_pause_in_which_a_brisk_one_answers() -> None:
     patient = seconds_to_the_answer(DuplexManner(preset="patient"))
     brisk = seconds_to_the_answer(DuplexManner(preset="brisk"))
     assert brisk < 1.5 < 1.8 <= patient
 
 
-def test_the_journal_says_which_manner_the_call_had_with_every_value() -> None:
+def test_J5_the_journal_says_which_manner_the_call_had_with_every_value() -> None:
     scene = Scene(manner=DuplexManner(preset="noisy_line", wordless_s=2.0)).answer()
     (kept,) = scene.keeps("journal_append", name="turn_taking")
     assert kept["preset"] == "noisy_line" and kept["wordless_s"] == 2.0 and kept["burst_voiced_s"] == 0.4

@@ -26,18 +26,18 @@ def test_call_with_greeting_and_look_up() -> None:
     assert scene.keeps("close_call", disposition="completed", ended_by="caller") and scene.is_over
 
 
-def test_first_word_comes_at_once_and_is_measured_on_the_wire() -> None:
+def test_J8_first_word_comes_at_once_and_is_measured_on_the_wire() -> None:
     scene = Scene().answer()
     assert scene.keeps("add_metric", name="first_word_ms")[0]["value"] <= 500
 
 
-def test_voice_to_voice_is_kept_per_turn() -> None:
+def test_P14_voice_to_voice_is_kept_per_turn() -> None:
     scene = Scene(NUMBER).answer().caller(1.8)
     scene.run_until(lambda: scene.keeps("add_metric", name="voice_to_voice_ms"))
     assert 300 < scene.keeps("add_metric", name="voice_to_voice_ms")[0]["value"] < 1600
 
 
-def test_notice_is_heard_in_full_although_the_caller_talks_over_it() -> None:
+def test_P16_L5_notice_is_heard_in_full_although_the_caller_talks_over_it() -> None:
     scene = Scene(NUMBER)
     scene.leg.ring()
     scene.run(0.5).caller(1.5)
@@ -46,7 +46,7 @@ def test_notice_is_heard_in_full_although_the_caller_talks_over_it() -> None:
     assert not scene.commands(tel.Duck) and not scene.commands(tel.Flush)
 
 
-def test_barge_in_ducks_at_once_stops_and_keeps_what_was_heard() -> None:
+def test_P7_J7_barge_in_ducks_at_once_stops_and_keeps_what_was_heard() -> None:
     scene = Scene(STORY, NUMBER).answer().caller(1.5)
     scene.run_until(lambda: scene.state == "speaking")
     scene.run(2.0)
@@ -65,7 +65,7 @@ def test_barge_in_ducks_at_once_stops_and_keeps_what_was_heard() -> None:
     scene.run_until(lambda: any("45612" in text for text in scene.heard_turns))
 
 
-def test_backchannel_does_not_stop_agent_and_it_goes_on_at_the_exact_sample() -> None:
+def test_P10_L4_backchannel_does_not_stop_agent_and_it_goes_on_at_the_exact_sample() -> None:
     scene = Scene(STORY, FakeLine(text="mm hm", kind="backchannel")).answer().caller(1.5)
     scene.run_until(lambda: scene.state == "speaking")
     scene.run(1.0).caller(0.5)
@@ -95,7 +95,7 @@ def test_false_end_discards_the_draft() -> None:
     assert len(caller) == 1 and caller[0]["heard_text"].startswith("my order number is 45612")
 
 
-def test_stalled_model_gets_a_filler_after_one_and_a_half_seconds() -> None:
+def test_P12_stalled_model_gets_a_filler_after_one_and_a_half_seconds() -> None:
     scene = Scene(NUMBER, stalls_ms={0: 3000}).answer().caller(1.8)
     scene.run_until(lambda: scene.state == "thinking")
     took = scene.run_until(lambda: scene.keeps("journal_append", name="filler"))
@@ -189,7 +189,7 @@ def test_side_effect_waits_until_the_reply_was_heard() -> None:
     assert scene.state == "listening" and scene.committed[0].name == "change_delivery"
 
 
-def test_tool_of_a_cancelled_reply_never_runs() -> None:
+def test_P8_tool_of_a_cancelled_reply_never_runs() -> None:
     scene = Scene(FakeLine(text="move my delivery"), FakeLine(text="no wait stop")).answer().caller(1.2)
     scene.run_until(lambda: scene.state == "speaking")
     scene.run(0.5).caller(1.2, and_silence=6.0)

@@ -89,7 +89,7 @@ def kill_many(folder: Path, num_kills: int) -> None:
     check(folder, acknowledged)
 
 
-def test_nothing_acknowledged_is_lost_or_doubled_over_30_kills(tmp_path: Path) -> None:
+def test_P17_nothing_acknowledged_is_lost_or_doubled_over_30_kills(tmp_path: Path) -> None:
     kill_many(tmp_path / "var", 30)
 
 

@@ -43,7 +43,7 @@ def test_both_channels_come_back_bit_exact_and_aligned(tmp_path: Path) -> None:
     assert [segment.num_samples for segment in segments] == [RATE, RATE, RATE, 77]
 
 
-def test_sound_is_on_disk_while_the_call_goes_on(tmp_path: Path) -> None:
+def test_P4_sound_is_on_disk_while_the_call_goes_on(tmp_path: Path) -> None:
     recorder, segments = recorder_of(tmp_path)
     push_in_frames(recorder, noise(1, RATE * 4), noise(2, RATE * 4))
     assert len(segments) == 3  # the fourth second may still get late sound

@@ -170,7 +170,9 @@ async def send_rtp(call, ok, pcm):
     ("offered", "answered", "is_held"),
     [("sendonly", "recvonly", True), ("inactive", "inactive", True), ("recvonly", "sendonly", False)],
 )
-async def test_hold_by_the_party_is_answered_as_rfc_3264_says_and_never_times_out(worker, offered, answered, is_held):
+async def test_L9_hold_by_the_party_is_answered_as_rfc_3264_says_and_never_times_out(
+    worker, offered, answered, is_held
+):
     async with ringing(worker) as call:
         await call.answer()
         held = await call.request("INVITE", call.peer.sdp((PCMU[0], PCMU[1] + f"a={offered}\r\n")))
@@ -185,7 +187,7 @@ async def test_hold_by_the_party_is_answered_as_rfc_3264_says_and_never_times_ou
             await call.until(HoldChanged, is_held=False)
 
 
-async def test_hold_by_us_is_a_reinvite_and_is_taken_back(worker):
+async def test_J12_hold_by_us_is_a_reinvite_and_is_taken_back(worker):
     async with ringing(worker) as call:
         await call.answer()
         await call.leg.send(Hold(leg_id=call.leg.leg_id))
@@ -219,7 +221,7 @@ async def test_too_short_a_session_is_refused_with_what_is_allowed(worker):
 # ---------------------------------------------------------------------- keys
 
 
-async def test_keys_by_sip_info_arrive(worker):
+async def test_P6_keys_by_sip_info_arrive(worker):
     async with ringing(worker) as call:
         await call.answer()
         for body in ("Signal=5\r\nDuration=160\r\n", "Signal= #\r\nDuration= 100\r\n"):
@@ -229,7 +231,7 @@ async def test_keys_by_sip_info_arrive(worker):
         assert [event.digit for event in call.of(DtmfReceived)] == ["5", "#"]
 
 
-async def test_keys_as_tones_arrive_where_no_telephone_event_was_offered(worker):
+async def test_J10_keys_as_tones_arrive_where_no_telephone_event_was_offered(worker):
     async with ringing(worker, WITHOUT_EVENTS) as call:
         ok = await call.answer()
         await send_rtp(call, ok, bytes(4000) + tones("12#", RATE) + bytes(4000))
@@ -237,7 +239,7 @@ async def test_keys_as_tones_arrive_where_no_telephone_event_was_offered(worker)
         assert "".join(event.digit for event in call.of(DtmfReceived)) == "12#"
 
 
-async def test_keys_out_are_events_or_tones_as_the_party_can(worker):
+async def test_L16_keys_out_are_events_or_tones_as_the_party_can(worker):
     async with ringing(worker) as call:
         await call.answer()
         await call.leg.send_dtmf("7")
@@ -280,7 +282,7 @@ def loud(packet):
     return len(packet) == 172 and np.abs(mu_law_to_pcm(packet[12:])).mean() > 1000
 
 
-async def test_rtp_flows_at_once_after_the_ack_even_with_nothing_to_say(worker):
+async def test_L10_rtp_flows_at_once_after_the_ack_even_with_nothing_to_say(worker):
     """users.md L10: symmetric RTP of a party behind NAT opens with our first packet."""
     async with ringing(worker) as call:
         await call.answer()
@@ -313,7 +315,7 @@ async def test_verdict_of_a_silent_party_is_one_way_and_of_a_talking_one_ok(work
 
 
 @pytest.mark.parametrize("target", ["tel:+390212345", "sip:+390212345@pbx.example;user=phone", "sips:desk@pbx.example"])
-async def test_transfer_target_goes_out_verbatim(worker, target):
+async def test_J1_transfer_target_goes_out_verbatim(worker, target):
     """users.md J1: tel: must not become sip:."""
     async with ringing(worker) as call:
         await call.answer()
@@ -336,7 +338,7 @@ async def referred_and_refused(call, target):
     return await asyncio.to_thread(target.receive, "INVITE")
 
 
-async def test_refused_transfer_is_bridged_and_the_parties_stay_when_the_agent_leaves(bridging_worker, tone):
+async def test_L7_J3_refused_transfer_is_bridged_and_the_parties_stay_when_the_agent_leaves(bridging_worker, tone):
     """users.md L7, J3: cold transfer fails with 603."""
     target = RawPeer(bridging_worker.address)
     target.socket.settimeout(6)
@@ -469,7 +471,7 @@ async def test_second_leg_is_counted_before_it_starts():
 # ------------------------------------------------------------------- wideband
 
 
-async def test_wideband_is_negotiated_and_makes_the_leg_16_khz():
+async def test_J11_wideband_is_negotiated_and_makes_the_leg_16_khz():
     config = TelephonyConfig(sip_port=0, codecs=("G722/16000", "PCMU/8000"))
     with await asyncio.to_thread(WorkerProcess, config) as wide:
         async with ringing(wide, G722) as call:

@@ -198,7 +198,7 @@ def first(leg_events, kind):
     return next((e.sample for e in leg_events if isinstance(e, WireMetric) and e.kind == kind), None)
 
 
-def test_an_item_that_may_duck_does_so_at_the_callers_onset_without_the_agent():
+def test_P9_an_item_that_may_duck_does_so_at_the_callers_onset_without_the_agent():
     leg = loopback(may_duck=True)
     leg.speak(pcm(caller_voice()))
     leg.advance(len(caller_voice()))

@@ -146,7 +146,7 @@ async def test_flush_says_exactly_what_was_played_of_each_item_and_the_rest_is_n
     assert abs((audible[-1] - audible[0] + 1) - flushed["long"]) <= 20  # a tone has zeros at its ends
 
 
-async def test_late_audio_of_a_flushed_item_is_dropped_and_a_new_item_is_heard(rig, tone):
+async def test_J6_late_audio_of_a_flushed_item_is_dropped_and_a_new_item_is_heard(rig, tone):
     await rig.answer()
     await play(rig, tone(1.0), "old", is_final=False)
     await rig.until(lambda: played_of(rig, "old") > 0)

@@ -102,7 +102,7 @@ def test_held_call_plays_nothing_but_its_clock_runs():
 
 
 @pytest.mark.parametrize(("from_hz", "to_hz"), [(24000, 8000), (8000, 16000), (8000, 24000), (8000, 8000)])
-def test_resampler_output_does_not_depend_on_chunk_sizes_and_withholds_at_most_2_ms(from_hz, to_hz):
+def test_P15_resampler_output_does_not_depend_on_chunk_sizes_and_withholds_at_most_2_ms(from_hz, to_hz):
     rng = random.Random(1)
     signal = (np.sin(np.arange(from_hz) * 0.05) * 8000).astype("<i2").tobytes()
     whole = StreamResampler(from_hz, to_hz)

@@ -119,7 +119,7 @@ async def test_offer_without_common_codec_gets_488_and_no_call(worker_pair):
             assert (await off_loop(peer.final)).startswith("SIP/2.0 488")
 
 
-async def test_without_an_agent_calls_get_503_with_retry_after(worker_pair):
+async def test_L13_without_an_agent_calls_get_503_with_retry_after(worker_pair):
     near, _ = worker_pair
     await asyncio.sleep(0.05)
     with raw_peer(near.address) as peer:
@@ -223,7 +223,7 @@ async def test_accepted_refer_reports_the_final_notify(worker_pair):
             await listener.wait_for(LegDisconnected)
 
 
-async def test_first_packet_follows_the_ack_within_500_ms(worker_pair):
+async def test_P13_first_packet_follows_the_ack_within_500_ms(worker_pair):
     near, _ = worker_pair
     async with agent_of(near) as client:
         with raw_peer(near.address) as peer:
@@ -252,7 +252,7 @@ def first_voiced_packet(media):
             return time.monotonic()
 
 
-async def test_stuck_agent_loop_makes_no_gap_in_what_it_had_said(worker_pair):
+async def test_P1_L14_stuck_agent_loop_makes_no_gap_in_what_it_had_said(worker_pair):
     near, far = worker_pair
     async with agent_of(near) as near_client, agent_of(far) as far_client:
         near_listener, far_listener = await call_up(near_client, far_client, near)
