@@ -43,6 +43,7 @@ class Overlap:
 class EndOfTurn(StrEnum):
     NOT_YET = "not_yet"
     PREDICTED = "predicted"
+    LIKELY = "likely"  # predicted with little certainty, and silent for some time
     SILENCE = "silence"  # missed by the predictor, or nothing was recognised in it
     NOISE = "noise"  # it was no turn at all
 
@@ -65,10 +66,14 @@ def end_of_turn(
         if silence_s < config.missed_end_s:
             return EndOfTurn.NOT_YET
         return EndOfTurn.SILENCE if caller.voiced_s >= config.wordless_s else EndOfTurn.NOISE
-    if prediction is not None and prediction.user_done >= config.user_done_probability and not is_slot_open:
+    if is_slot_open:
+        return EndOfTurn.SILENCE if silence_s >= config.slot_patience_s else EndOfTurn.NOT_YET
+    if prediction is not None and prediction.user_done >= config.user_done_probability:
         return EndOfTurn.PREDICTED
-    patience_s = config.slot_patience_s if is_slot_open else config.missed_end_s
-    return EndOfTurn.SILENCE if silence_s >= patience_s else EndOfTurn.NOT_YET
+    if silence_s >= config.missed_end_s:
+        return EndOfTurn.SILENCE
+    is_likely = prediction is not None and prediction.user_done >= config.likely_end_probability
+    return EndOfTurn.LIKELY if is_likely and silence_s >= config.likely_end_s else EndOfTurn.NOT_YET
 
 
 # ------------------------------------------------------------------ what does an overlap mean?

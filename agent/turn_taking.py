@@ -244,7 +244,7 @@ class TurnTaking(AgentTurns):
             last = None  # it does not know the caller's last words
         is_slot_open = 0 < self.caller.num_slot_digits < self.slot_digits
         match end_of_turn(self.caller, now - self._last_voiced_at, last, is_slot_open, self.config):
-            case EndOfTurn.PREDICTED | EndOfTurn.SILENCE as how:
+            case EndOfTurn.PREDICTED | EndOfTurn.LIKELY | EndOfTurn.SILENCE as how:
                 self._take_floor("reply", now, how=how.value)
             case EndOfTurn.NOISE:
                 self.caller = CallerTurn()

@@ -61,7 +61,7 @@ class RuntimeConfig:
     prediction_ms: int = 160
     """Distance of two duplex predictions on the input clock."""
 
-    draft_probability: float = 0.2
+    draft_probability: float = 0.1
     """P(user_done) above which a reply's text is written ahead of the decision to speak, to be thrown away if the
     caller goes on; 1 = never."""
 

@@ -59,7 +59,7 @@ class Engine:
         self.scheduler = make_scheduler(config, self.runner.chunk_fbank_frames)
         self.streams: dict[str, Stream] = {}
         self.say_cache: dict = {}  # fixed sentences' samples, shared by all calls
-        self._timer = timer
+        self.timer = timer
         # (kind, rows, seconds) of the latest jobs, if a timer was given; what the benches read
         self.job_times: deque[tuple[JobKind, int, float]] = deque(maxlen=100_000)
         self.long_jobs = LongJobs(config.max_job_ms)
@@ -141,15 +141,15 @@ class Engine:
         self.runner.free(stream.slot)
 
     def _run(self, job: Job, now: float) -> dict[str, str]:
-        begin = self._timer() if self._timer else 0.0
+        begin = self.timer() if self.timer else 0.0
         try:
             failed = self.runner.run(job, now)
             for call_id, reason in failed.items():
                 print(f"engine: {job.kind.value}: {reason} in call {call_id}", file=sys.stderr)
             return failed
         finally:
-            if self._timer:
-                seconds = self._timer() - begin
+            if self.timer:
+                seconds = self.timer() - begin
                 self.job_times.append((job.kind, len(job.streams), seconds))
                 self._watch(job, seconds, now)
 

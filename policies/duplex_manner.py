@@ -27,6 +27,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "burst_voiced_s": (0, 1),
     "user_done_probability": (0, 1),
     "end_silence_s": (0.05, 2),
+    "likely_end_probability": (0, 1),
+    "likely_end_s": (0.2, 5),
     "missed_end_s": (0.5, 5),
     "slot_patience_s": (0.5, 10),
     "wordless_s": (0.1, 5),
@@ -38,13 +40,13 @@ PRESETS: dict[str, dict[str, float]] = {
     "standard": {},
     # People who search for words or read numbers from paper: an end is believed late, a pause is waited out.
     "patient": {
-        "user_done_probability": 0.65, "end_silence_s": 0.3, "missed_end_s": 1.8, "slot_patience_s": 2.6,
-        "false_end_voiced_s": 0.12, "reprompt_after_s": 10.0,
+        "user_done_probability": 0.65, "end_silence_s": 0.3, "likely_end_s": 1.2, "missed_end_s": 1.8,
+        "slot_patience_s": 2.6, "false_end_voiced_s": 0.12, "reprompt_after_s": 10.0,
     },
     # Short, practised dialogues: the answer comes at the first sign of an end.
     "brisk": {
-        "user_done_probability": 0.45, "end_silence_s": 0.06, "missed_end_s": 1.0, "slot_patience_s": 1.3,
-        "reprompt_after_s": 5.0,
+        "user_done_probability": 0.45, "end_silence_s": 0.06, "likely_end_s": 0.5, "missed_end_s": 1.0,
+        "slot_patience_s": 1.3, "reprompt_after_s": 5.0,
     },
     # Cars, shop floors, a television: hard to interrupt by sound alone, and no noise counts as a turn.
     "noisy_line": {
@@ -67,6 +69,8 @@ class DuplexManner(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     burst_voiced_s: float | None = None
     user_done_probability: float | None = None
     end_silence_s: float | None = None
+    likely_end_probability: float | None = None
+    likely_end_s: float | None = None
     missed_end_s: float | None = None
     slot_patience_s: float | None = None
     wordless_s: float | None = None

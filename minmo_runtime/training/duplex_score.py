@@ -26,7 +26,9 @@ class FloorRules:
     """Names and defaults of agent/floor.TurnTakingConfig."""
 
     end_silence_s: float = 0.12
-    missed_end_s: float = 1.25
+    likely_end_probability: float = 0.1
+    likely_end_s: float = 0.7
+    missed_end_s: float = 1.6
     slot_patience_s: float = 1.6
     reprompt_after_s: float = 7.0
     user_done_probability: float = 0.5
@@ -77,11 +79,11 @@ def floor_taken(scene: Judged, rules: FloorRules) -> tuple[np.ndarray, np.ndarra
             has_waited = True
         if scene.speaks[t] or silence_s[t] < rules.end_silence_s or (has_waited and silence_s[t] < 3.2):
             continue
+        may_be_over = has_words[t] and not is_slot_open[t]
+        is_likely = may_be_over and chances[LABEL["user_done"]] >= rules.likely_end_probability
         patience = rules.slot_patience_s if is_slot_open[t] else rules.missed_end_s
-        waited[t] = silence_s[t] >= patience
-        predicted[t] = (
-            has_words[t] and not is_slot_open[t] and chances[LABEL["user_done"]] >= rules.user_done_probability
-        )
+        waited[t] = silence_s[t] >= (min(patience, rules.likely_end_s) if is_likely else patience)
+        predicted[t] = may_be_over and chances[LABEL["user_done"]] >= rules.user_done_probability
     return predicted, waited
 
 

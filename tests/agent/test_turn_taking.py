@@ -127,9 +127,34 @@ def test_floor_is_not_taken_while_the_caller_is_voiced() -> None:
 def test_missed_end_is_taken_after_its_silence() -> None:
     table = Table().listening().hear(1.0, True)
     table.tell(floor.CallerWords("where is my order"))
-    table.hear(1.2, False, user_continues=0.9)
+    table.hear(1.56, False, user_continues=0.9)
     assert not table.done(floor.TakeFloor)
     table.hear(0.1, False)
+    assert [t.how for t in table.done(floor.TakeFloor)] == ["silence"]
+
+
+@pytest.mark.parametrize(("user_done", "taken_after_s"), [(0.09, 1.6), (0.1, 0.7), (0.49, 0.7), (0.5, 0.12)])
+def test_the_likelier_the_end_the_shorter_the_silence_that_ends_a_turn(user_done: float, taken_after_s: float) -> None:
+    table = Table().listening().hear(1.0, True)
+    table.tell(floor.CallerWords("great bye"))
+    table.hear(taken_after_s - 0.04, False, user_done=user_done)
+    assert not table.done(floor.TakeFloor)
+    table.hear(0.06, False, user_done=user_done)
+    how = {1.6: "silence", 0.7: "likely", 0.12: "predicted"}[taken_after_s]
+    assert [t.how for t in table.done(floor.TakeFloor)] == [how]
+
+
+def test_a_likely_end_that_was_predicted_before_the_last_word_counts_for_nothing() -> None:
+    table = Table().listening().hear(1.0, True)
+    table.tell(floor.CallerWords("great"))
+    table.hear(0.4, False, user_done=0.3).hear(0.2, True).hear(1.0, False)
+    assert not table.done(floor.TakeFloor)
+
+
+def test_the_patience_for_a_missed_end_bounds_that_for_a_likely_one() -> None:
+    table = Table(missed_end_s=0.5).listening().hear(1.0, True)
+    table.tell(floor.CallerWords("great bye"))
+    table.hear(0.56, False, user_done=0.3)
     assert [t.how for t in table.done(floor.TakeFloor)] == ["silence"]
 
 

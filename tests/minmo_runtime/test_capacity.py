@@ -69,12 +69,13 @@ def test_a_slow_device_holds_no_call_yet_lets_one_in(checkpoint: Checkpoint, tmp
 
 
 def test_the_self_test_measures_both_sides_and_leaves_the_engine_as_it_was(checkpoint: Checkpoint) -> None:
-    engine = Engine(checkpoint, CONFIG, timer=Ticks(0.001))
+    watch = Ticks(0.001)
+    engine = Engine(checkpoint, CONFIG, timer=watch)
     costs = measure(engine, Ticks(0.1))
-    assert costs.rows == 3 and costs.listening == pytest.approx((0.05, 0.05))  # 0.1 s of work for two seconds of audio
+    assert costs.rows == 3 and costs.listening == pytest.approx((0.1, 0.1))  # 0.1 s of work for a second of audio
     assert all(spoken > 0.02 for spoken in costs.speaking)
     assert not engine.streams and engine.runner.pool.num_free == 3
-    assert not engine.say_cache and not engine.job_times and not engine.long_jobs.num_jobs
+    assert not engine.say_cache and not engine.job_times and not engine.long_jobs.num_jobs and engine.timer is watch
 
 
 def test_every_part_of_the_model_is_in_the_self_test(checkpoint: Checkpoint) -> None:

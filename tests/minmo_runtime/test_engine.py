@@ -143,7 +143,7 @@ def test_a_row_does_not_change_when_neighbours_join_leave_or_stall(checkpoint: C
 
 def test_two_calls_share_one_batch(checkpoint: Checkpoint) -> None:
     clock = make(checkpoint)
-    clock.engine._timer = lambda: 0.0
+    clock.engine.timer = lambda: 0.0
     clock.send(opened("a"), opened("b"))
     ask(clock, "a")
     ask(clock, "b")
@@ -199,7 +199,7 @@ def test_a_fixed_sentence_sounds_the_same_in_each_call_and_is_kept(checkpoint: C
         num_jobs += 1
         return 0.0
 
-    clock.engine._timer = count
+    clock.engine.timer = count
     clock.send(opened("b", seed=2), Say(call_id="b", turn_id="s", text=TEXT))
     clock.run()
     assert np.array_equal(clock.audio("a"), clock.audio("b"))

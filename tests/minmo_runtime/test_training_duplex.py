@@ -103,7 +103,7 @@ def scene(done: np.ndarray, marks: list[Mark], silence_s: np.ndarray, **others: 
 def test_a_pause_that_is_taken_and_an_end_that_is_answered_late_are_counted() -> None:
     silence = np.concatenate([np.zeros(5), np.arange(1, 11) * 0.08, np.zeros(5), np.arange(1, 31) * 0.08])
     marks = [Mark("pause_words", 5 * STEP, 15 * STEP), Mark("end", 20 * STEP, 50 * STEP)]
-    calm = np.where(np.arange(50) >= 26, 0.9, 0.1)
+    calm = np.where(np.arange(50) >= 26, 0.9, 0.05)
     found = score([scene(calm, marks, silence)])
     assert found["takeover"] == 0 and found["n_pauses"] == 1
     assert found["delay_p50_s"] == pytest.approx(7 * 0.08)
@@ -114,7 +114,7 @@ def test_a_pause_that_is_taken_and_an_end_that_is_answered_late_are_counted() ->
 def test_without_a_prediction_the_patience_answers() -> None:
     silence = np.concatenate([np.zeros(5), np.arange(1, 31) * 0.08])
     found = score([scene(np.zeros(35), [Mark("end", 5 * STEP, 35 * STEP)], silence)])
-    assert found["delay_p50_s"] == pytest.approx(1.28) and found["ends_unanswered"] == 0
+    assert found["delay_p50_s"] == pytest.approx(1.6) and found["ends_unanswered"] == 0
 
 
 def test_an_interruption_stops_the_agent_and_a_cough_does_not() -> None:
@@ -155,7 +155,7 @@ def test_the_operating_point_is_as_careful_as_the_bridges_delay_allows() -> None
     marks = [Mark("pause_words", 5 * STEP, 15 * STEP), Mark("end", 20 * STEP, 50 * STEP)]
     # Rather sure in the pause, more so behind the end: between the two there is a point without a take-over.
     done = np.full(50, 0.01)
-    done[8:15], done[24:] = 0.6, 0.9
+    done[8:15], done[24:] = 0.6, 0.99
     scenes = [scene(done, marks, silence)]
     assert score(scenes)["takeover"] == 1
     odds = operating_point(scenes, {**score(scenes), "delay_p50_s": 0.6})

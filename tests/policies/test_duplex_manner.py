@@ -34,7 +34,7 @@ def test_patient_waits_longer_than_standard_and_brisk_less():
     def of(name: str) -> TurnTakingConfig:
         return dataclasses.replace(TurnTakingConfig(), **decide_duplex(DuplexManner(preset=name)).values)
 
-    for key in ("end_silence_s", "missed_end_s", "slot_patience_s", "user_done_probability"):
+    for key in ("end_silence_s", "likely_end_s", "missed_end_s", "slot_patience_s", "user_done_probability"):
         assert getattr(of("brisk"), key) < getattr(of("standard"), key) < getattr(of("patient"), key), key
     for key in ("onset_voiced_s", "burst_voiced_s", "interrupt_probability", "false_end_voiced_s"):
         assert getattr(of("standard"), key) < getattr(of("noisy_line"), key), key

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from agent.floor import TurnTakingConfig
 from minmo_runtime import api
 from minmo_runtime.fake import FakeLine
 from telephony import leg as tel
@@ -38,7 +39,8 @@ def test_the_answer_is_heard_earlier_by_what_was_written_ahead() -> None:
 
 
 def test_a_draft_for_a_pause_is_thrown_away_and_the_whole_number_is_answered() -> None:
-    scene = Scene(PAUSE, REST, draft_after_ms=160, **SLOW).answer().caller(1.4, and_silence=0.9)
+    config = TurnTakingConfig(likely_end_s=1.5)  # a pause long enough for another segment
+    scene = Scene(PAUSE, REST, config=config, draft_after_ms=160, **SLOW).answer().caller(1.4, and_silence=0.9)
     assert not scene.commands(tel.Duck) and scene.state == "listening"
     scene.caller(1.0)
     scene.run_until(lambda: "it will arrive on wednesday" in (scene.heard_turns or [""])[-1])
