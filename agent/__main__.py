@@ -116,9 +116,11 @@ def call(
     from agent.caller import call_once
 
     try:
-        typer.echo(json.dumps(call_once(uri, play=play, record=record, dtmf=dtmf), indent=2))
+        report = call_once(uri, play=play, record=record, dtmf=dtmf)
     except ValueError as error:
         fail(str(error))
+    typer.echo(json.dumps(report, indent=2))
+    raise typer.Exit(not report["answered"])
 
 
 @app.command(name="dial")

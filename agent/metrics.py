@@ -91,9 +91,11 @@ class WireTimes:
             self._has_spoken = True
             figures.append(self._figure("first_word_ms", sample - self._answered, ""))
         if self._caller_offset is not None:
-            name = "filler_ms" if turn_id.startswith("f") else "voice_to_voice_ms"
+            is_filler = turn_id.startswith("f")
+            name = "filler_ms" if is_filler else "voice_to_voice_ms"
             figures.append(self._figure(name, sample - self._caller_offset, turn_id))
-            self._caller_offset = None
+            if not is_filler:  # behind a filler the answer is still awaited
+                self._caller_offset = None
         elif self._is_caller_voiced:
             self._early_onset = (sample, turn_id)
         return figures

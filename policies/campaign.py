@@ -23,6 +23,7 @@ TOOLS = (
     "look_up_order", "opening_hours", "change_delivery", "transfer", "hang_up", "request_callback",
     "pause_recording", "go_on_recording",
 )  # fmt: skip
+SHIPPED_ORDER_DIGITS = 5  # as the shipped sentences say it
 HANDOFF_MANNERS = ("blind", "warm")
 _DID = re.compile(r"\+?[0-9]{1,15}|[a-z][a-z0-9_.-]{0,63}")  # E.164, an extension, or the user part of a SIP URI
 _HANDOFF_URI = re.compile(r"(sips?:[^\s<>\"]+@[^\s<>\"]+|tel:\+?[0-9]+)")
@@ -90,6 +91,11 @@ def campaign_faults(campaign: Campaign, checkpoint: CheckpointFacts, line_keys: 
     faults += [f"tools: {tool!r}: must be one of {', '.join(TOOLS)}" for tool in campaign.tools if tool not in TOOLS]
     if not 0 <= campaign.order_digits <= 20:
         faults.append(f"order_digits = {campaign.order_digits}: must be 0 to 20")
+    if campaign.order_digits not in (0, SHIPPED_ORDER_DIGITS) and "keypad_incomplete" not in campaign.lines:
+        faults.append(
+            f"order_digits = {campaign.order_digits}: needs lines.keypad_incomplete; the shipped sentence says that an "
+            f"order number has {SHIPPED_ORDER_DIGITS} digits"
+        )
     if campaign.recording and campaign.recording not in RECORDING_MODES:
         faults.append(f"recording = {campaign.recording!r}: must be one of {', '.join(RECORDING_MODES)}")
     if campaign.handoff_uri and not _HANDOFF_URI.fullmatch(campaign.handoff_uri):

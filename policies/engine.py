@@ -124,7 +124,7 @@ class PolicyEngine:
         campaign = self._campaign(facts)
         uri = campaign.handoff_uri or self.handoff_uri
         is_warm = (campaign.handoff_manner or self.handoff_manner) == "warm"
-        return decide_escalation(facts, self.config, uri, is_warm)
+        return decide_escalation(facts, self.config, uri, is_warm, campaign.order_digits > 0)
 
     def outbound(self, campaign: Campaign, number: str, uri: str) -> OutboundDecision:
         return decide_outbound(campaign.outbound, number, uri)

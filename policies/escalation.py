@@ -12,9 +12,11 @@ from policies.facts import CallFacts
 
 
 def decide_escalation(
-    facts: CallFacts, config: PoliciesConfig, handoff_uri: str, is_warm: bool = False
+    facts: CallFacts, config: PoliciesConfig, handoff_uri: str, is_warm: bool = False, has_numbers: bool = True
 ) -> EscalationDecision:
-    """`handoff_uri` "" = nobody to transfer to. `is_warm`: the person is told first."""
+    """`handoff_uri` "" = nobody to transfer to. `is_warm`: the person is told first. `has_numbers`: the line has order
+    numbers, without them there is nothing to type.
+    """
     if facts.caller_asked_for_person:
         return _to_person(handoff_uri, is_warm, "caller asked for a person")
     missed = facts.num_turns_not_understood
@@ -22,7 +24,7 @@ def decide_escalation(
         return _to_person(
             handoff_uri, is_warm, f"{missed} turns not understood (person after {config.person_after_turns})"
         )
-    if missed >= config.keypad_after_turns:
+    if missed >= config.keypad_after_turns and has_numbers:
         reason = f"{missed} turns not understood (keypad after {config.keypad_after_turns})"
         return EscalationDecision(action="offer_keypad", reasons=(reason,))
     return EscalationDecision(action="none")

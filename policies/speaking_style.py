@@ -20,7 +20,7 @@ class StyleRules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     dialect: str
     emotion: str
     rate: str
-    emotion_for_caller: dict[str, str] = {}  # caller's emotion as recognised -> emotion of the answer
+    emotion_for_caller: dict[str, str] = {}  # caller's emotion as recognised -> emotion of the answer; refused today
     rate_when_not_understood: str = ""  # rate from the first turn not understood on; "" = no change
 
 
@@ -35,7 +35,11 @@ def unsupported_values(rules: StyleRules, checkpoint: CheckpointFacts) -> list[s
     wanted += [(f"style.emotion_for_caller.{k}", v, checkpoint.emotions) for k, v in rules.emotion_for_caller.items()]
     if rules.rate_when_not_understood:
         wanted.append(("style.rate_when_not_understood", rules.rate_when_not_understood, checkpoint.rates))
-    return [
+    unheard = [
+        f"style.emotion_for_caller.{emotion}: no engine tells a caller's emotion yet; it must be left out"
+        for emotion in rules.emotion_for_caller
+    ]
+    return unheard + [
         f"{key} = {value!r}: checkpoint {checkpoint.name} was trained on {', '.join(trained) or 'none'}"
         for key, value, trained in wanted
         if value not in trained

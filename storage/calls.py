@@ -55,6 +55,7 @@ log = logging.getLogger(__name__)
 _HEARD_KEYS = frozenset({"text", "heard_text", "generated_text", "digits", "caption"})
 _PAUSED, _WENT_ON = "recording_paused", "recording_went_on"  # events of the journal
 RECORDING_WAIT_S = 30.0
+KEY_ROW_PAUSE = dt.timedelta(seconds=4)  # longer ends a row; what is said or answered between keys does not
 MAX_KEYS_STORED = 8  # more keys in a row than any order number: a card; the rest of the row is not kept
 
 
@@ -67,6 +68,8 @@ class _OpenCall:
     next_position: int
     ani: str = ""
     num_keys_in_a_row: int = 0
+    last_key_at: dt.datetime | None = None
+    refused: set[str] = field(default_factory=set)  # its own id, once the tables refused an entry
     recorder: CallRecorder | None = None
     sample_rate_hz: int = 8_000
     last_at: dt.datetime | None = None
@@ -165,7 +168,7 @@ class CallStore:
 
     def journal_append(self, call_id: str, name: str, *, now: dt.datetime, **fields: Any) -> None:
         """Any other event (floor, duck, key, error ...): fields are builtins. The live page and reviews read it."""
-        self._append(e.EventAppended, call_id, now, name=name, fields=self._masked_event(call_id, fields))
+        self._append(e.EventAppended, call_id, now, name=name, fields=self._masked_event(call_id, now, fields))
 
     def add_defect(self, call_id: str, kind: str, detail: str, *, now: dt.datetime, turn_id: str = "") -> None:
         """Something we did wrong in this call, e.g. kind="watchdog_recover"."""
@@ -202,7 +205,7 @@ class CallStore:
             if turn_id in call.turn_ids:
                 raise StorageError(f"call {call_id}: turn {turn_id} was appended already; use update_turn")
             call.turn_ids.add(turn_id)
-            position, call.next_position, call.num_keys_in_a_row = call.next_position, call.next_position + 1, 0
+            position, call.next_position = call.next_position, call.next_position + 1
         masked = _masked_turn(fields)
         self._append(
             e.TurnAppended, call_id, now, sync=True, turn_id=turn_id, position=position, role=role, fields=masked
@@ -443,7 +446,7 @@ class CallStore:
             raise StorageError(f"naive time {now!r}: the store takes timezone-aware times only")
         with self._lock:
             call = self._open(call_id)
-            entry: e.AnyEntry = kind(call_id=call_id, seq=call.next_seq, at=now, **fields)
+            entry: e.AnyEntry = kind(call_id=call_id, seq=call.next_seq, at=now, **_storable(fields))
             call.journal.append(entry, sync=sync)
             call.next_seq += 1
             call.last_at = now
@@ -452,16 +455,18 @@ class CallStore:
             if self._writer is not None:
                 self._writer.put(entry, call.journal)
                 return
-        commit_entries(self.engine, [entry])
+        commit_entries(self.engine, [entry], call.refused)
         if isinstance(entry, e.CallClosed):
-            call.journal.close(remove=True)
+            call.journal.close(remove=not call.refused, is_refused=bool(call.refused))
 
-    def _masked_event(self, call_id: str, fields: dict[str, Any]) -> dict[str, Any]:
+    def _masked_event(self, call_id: str, now: dt.datetime, fields: dict[str, Any]) -> dict[str, Any]:
         masked = {key: mask_value(value, is_heard=key in _HEARD_KEYS) for key, value in fields.items()}
         if "digit" in fields:
             with self._lock:
                 call = self._open(call_id)
-                call.num_keys_in_a_row += 1
+                is_same_row = call.last_key_at is not None and now - call.last_key_at < KEY_ROW_PAUSE
+                call.num_keys_in_a_row = call.num_keys_in_a_row + 1 if is_same_row else 1
+                call.last_key_at = now
                 if call.num_keys_in_a_row > MAX_KEYS_STORED:
                     masked["digit"] = "?"
         return masked
@@ -493,6 +498,17 @@ def _check_fields(fields: dict[str, Any], allowed: frozenset[str]) -> None:
     unknown = set(fields) - allowed
     if unknown:
         raise StorageError(f"unknown field {', '.join(sorted(unknown))}: allowed are {', '.join(sorted(allowed))}")
+
+
+def _storable(value: Any) -> Any:
+    """Without NUL, which PostgreSQL keeps in no text (a model may write any byte)."""
+    if isinstance(value, str):
+        return value.replace("\0", "")
+    if isinstance(value, dict):
+        return {_storable(key): _storable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_storable(item) for item in value)
+    return value
 
 
 def _masked_turn(fields: dict[str, Any]) -> dict[str, Any]:

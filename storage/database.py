@@ -64,8 +64,19 @@ def writing(engine: Engine) -> Connection:
     return engine.connect().execution_options(writes=True)
 
 
+def fitting(table: sa.Table, values: dict[str, Any]) -> dict[str, Any]:
+    """Texts cut to their column's length: the journal's payload has the whole, SQLite would not mind, PostgreSQL would
+    refuse the row."""
+    lengths = {column.name: getattr(column.type, "length", None) for column in table.columns}
+    return {
+        name: value[: lengths[name]] if isinstance(value, str) and lengths.get(name) else value
+        for name, value in values.items()
+    }
+
+
 def insert_new(connection: Connection, table: sa.Table, values: dict[str, Any]) -> bool:
     """Inserts unless the row is already there; true when it was new. Makes every retry harmless."""
+    values = fitting(table, values)
     if connection.dialect.name == "postgresql":  # its driver gives no row count here, SQLite before 3.35 no RETURNING
         first_key = next(iter(table.primary_key))
         statement = postgresql.insert(table).values(values).on_conflict_do_nothing().returning(first_key)

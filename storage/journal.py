@@ -21,6 +21,7 @@ from storage.entries import AnyEntry, Entry, JournalUnavailable, check_id
 _HEADER = struct.Struct("<II")
 MAX_BODY_BYTES = 1 << 20  # far above any entry; a longer length field is damage
 SUFFIX = ".journal"
+REFUSED_SUFFIX = ".refused"
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[AnyEntry] = msgspec.msgpack.Decoder(AnyEntry)
@@ -125,10 +126,19 @@ class CallJournal:
             self.is_dirty = True
             raise JournalUnavailable(f"{self.path.name}: {error}") from error
 
-    def close(self, *, remove: bool = False) -> None:
-        """`remove`: everything is in the database; the file has done its work."""
+    def close(self, *, remove: bool = False, is_refused: bool = False) -> None:
+        """`remove`: everything is in the database; the file has done its work. `is_refused`: the tables did not take
+        every entry; the file stays, under a name that no start reads again.
+        """
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
         if remove:
             self.path.unlink(missing_ok=True)
+        elif is_refused:
+            keep_refused(self.path)
+
+
+def keep_refused(path: Path) -> None:
+    """For a person to look at: what the tables refused is nowhere else."""
+    path.rename(path.with_suffix(REFUSED_SUFFIX))

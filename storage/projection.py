@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from storage import tables
-from storage.database import insert_new
+from storage.database import fitting, insert_new
 from storage.entries import (
     AnyEntry,
     CallbackRequested,
@@ -137,7 +137,7 @@ def _add_segment(connection: Connection, entry: RecordingSegmentAdded) -> None:
 
 def _set(connection: Connection, table: sa.Table, key: dict[str, Any], fields: dict[str, Any]) -> None:
     conditions = [table.c[name] == value for name, value in key.items()]
-    connection.execute(sa.update(table).where(*conditions).values(fields))
+    connection.execute(sa.update(table).where(*conditions).values(fitting(table, fields)))
 
 
 _PROJECTIONS: dict[type, Callable[[Connection, Any], None]] = {

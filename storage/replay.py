@@ -20,7 +20,7 @@ from sqlalchemy.engine import Engine
 
 from storage import tables
 from storage.entries import AnyEntry, CallClosed, CallOpened, TurnAppended, WriterBusy
-from storage.journal import SUFFIX, unpack
+from storage.journal import SUFFIX, keep_refused, unpack
 from storage.writer import commit_entries
 
 log = logging.getLogger(__name__)
@@ -72,11 +72,12 @@ def replay_folder(engine: Engine, folder: Path) -> dict[str, Orphan]:
     orphans: dict[str, Orphan] = {}
     for path in sorted(folder.glob("*" + SUFFIX)):
         entries = read_file(path)
-        num_new = commit_entries(engine, entries)
+        refused: set[str] = set()
+        num_new = commit_entries(engine, entries, refused)
         if num_new:
             log.info("%s: %d of %d entries were not in SQL yet", path.name, num_new, len(entries))
         if any(isinstance(entry, CallClosed) for entry in entries):
-            path.unlink()
+            keep_refused(path) if refused else path.unlink()
         elif entries:
             orphans[entries[0].call_id] = _orphan(entries)
         else:

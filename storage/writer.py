@@ -26,10 +26,10 @@ MAX_QUEUED = 50_000  # about 50 MB; beyond it entries stay in their files only u
 RETRY_S = 0.5
 
 
-def commit_entries(engine: Engine, entries: list[AnyEntry]) -> int:
+def commit_entries(engine: Engine, entries: list[AnyEntry], refused: set[str] | None = None) -> int:
     """Applies entries in one transaction.
 
-    One that the tables refuse is left out and logged. Returns how many were new.
+    One that the tables refuse is left out and logged, its call's id added to `refused`. Returns how many were new.
     """
     num_new = 0
     with writing(engine) as connection, connection.begin():
@@ -43,6 +43,8 @@ def commit_entries(engine: Engine, entries: list[AnyEntry]) -> int:
                 log.error(
                     "call %s entry %d (%s) refused by the tables: %s", entry.call_id, entry.seq, entry.kind, error
                 )
+                if refused is not None:
+                    refused.add(entry.call_id)
     return num_new
 
 
@@ -60,6 +62,7 @@ class Writer:
         self._changed = threading.Condition()
         self._is_stopping = False
         self._must_hurry = False
+        self._refused: set[str] = set()  # calls whose journal file is kept: it is all there is of some entry
         self._has_overflowed = False
         self._num_unfinished = 0
         self.last_error = ""
@@ -125,7 +128,7 @@ class Writer:
             if needs_replay:
                 self._has_overflowed = False
                 entries = self._replay()
-            commit_entries(self._engine, entries)
+            commit_entries(self._engine, entries, self._refused)
         except (sa.exc.SQLAlchemyError, JournalUnavailable, OSError) as error:
             if not self.last_error:
                 log.error("the database does not take entries (the journal keeps them, trying again): %s", error)
@@ -137,5 +140,6 @@ class Writer:
             self.last_error = ""
         for entry, journal in group:
             if isinstance(entry, CallClosed):
-                journal.close(remove=True)
+                journal.close(remove=entry.call_id not in self._refused, is_refused=entry.call_id in self._refused)
+                self._refused.discard(entry.call_id)
         return True

@@ -46,6 +46,20 @@ def test_star_starts_anew() -> None:
     assert [keypad.press(key, 0.0) for key in "99*45612"][-1] is Outcome.NUMBER and keypad.digits == "45612"
 
 
+def test_a_row_longer_than_a_number_is_thrown_away_and_the_next_number_counts() -> None:
+    keypad = Keypad(5)
+    outcomes = [keypad.press(key, 0.35 * place) for place, key in enumerate("4111111111111111")]
+    assert outcomes.count(Outcome.NUMBER) == 1 and set(outcomes[5:]) == {Outcome.NOTHING}
+    assert keypad.tick(6.0) is Outcome.NOTHING and keypad.tick(7.5) is Outcome.INCOMPLETE
+    assert [keypad.press(key, 9.0) for key in "45612"][-1] is Outcome.NUMBER and keypad.digits == "45612"
+
+
+def test_another_number_after_a_pause_is_a_number() -> None:
+    keypad = Keypad(5)
+    assert [keypad.press(key, 1.0) for key in "45612"][-1] is Outcome.NUMBER
+    assert [keypad.press(key, 4.0) for key in "99001"][-1] is Outcome.NUMBER and keypad.digits == "99001"
+
+
 # ---------------------------------------------------------------- the caller's words
 
 
@@ -147,6 +161,15 @@ def test_answer_that_begins_before_the_offset_is_reported_is_measured_too() -> N
     times = WireTimes(8_000)
     heard(times, ("caller_onset", 0), ("agent_onset", 8_400))
     assert heard(times, ("caller_offset", 8_000)) == [("voice_to_voice_ms", 50.0)]
+
+
+def test_an_answer_behind_a_filler_is_measured_from_the_callers_last_word() -> None:
+    times = WireTimes(8_000)
+    heard(times, ("caller_onset", 0), ("caller_offset", 8_000))
+    filler = times.hear(WireMetric(leg_id="l", kind="agent_onset", sample=20_000), "f1")
+    assert [(figure["name"], figure["value"]) for figure in filler] == [("filler_ms", 1_500.0)]
+    assert heard(times, ("agent_offset", 24_000), ("agent_onset", 32_000)) == [("voice_to_voice_ms", 3_000.0)]
+    assert heard(times, ("agent_offset", 40_000), ("agent_onset", 44_000)) == []
 
 
 def test_silence_in_an_overlap_is_a_stop_or_a_pause_by_what_is_decided() -> None:

@@ -40,6 +40,7 @@ def test_a_bad_campaign_is_named_and_never_stops_the_other(load: Load, campaign_
         ('rate = "normal"', 'rate = "normal"\nemotion_for_caller = {angry = "sad"}', "style.emotion_for_caller.angry"),
         ('"hang_up"', '"charge"', "tools: 'charge'"),
         ("order_digits = 5", "order_digits = 50", "order_digits = 50"),
+        ("order_digits = 5", "order_digits = 7", "order_digits = 7: needs lines.keypad_incomplete"),
         ("order_digits = 5", 'order_digits = "five"', "order_digits"),
         ("order_digits = 5", "order_digit = 5", "order_digit"),
         ("order_digits = 5", 'recording = "maybe"', "recording = 'maybe'"),

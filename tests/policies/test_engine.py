@@ -136,6 +136,11 @@ def test_keypad_first_then_a_person(facts: CallFacts, missed: int, asked: bool, 
     assert decision.reasons or action == "none"
 
 
+def test_a_line_without_order_numbers_offers_nothing_to_type(facts: CallFacts) -> None:
+    known = changed(facts, num_turns_not_understood=2)
+    assert decide_escalation(known, PoliciesConfig(), "sip:desk@pbx", has_numbers=False).action == "none"
+
+
 def test_a_campaign_may_name_its_own_desk(load: Load, campaign_text: Text, facts: CallFacts) -> None:
     engine = load({"river": campaign_text("300", 'handoff_uri = "sip:river@pbx"\n')})
     decision = engine.escalate(changed(facts, did="300", caller_asked_for_person=True))

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from storage import tables
+from storage import projection, tables
 from storage.calls import CallStore
 from storage.config import StorageConfig, StorageConfigError
-from storage.entries import StorageError, StorageFull, UnknownCall, WriterBusy
+from storage.entries import StorageError, StorageFull, TurnAppended, UnknownCall, WriterBusy
+from storage.journal import unpack
 from storage.masking import MASK
 from storage.replay import take_writer_lock
 
@@ -86,8 +87,10 @@ def test_no_card_number_reaches_any_file(config: StorageConfig, now: dt.datetime
     )
     store.request_callback("c1", reason=secret, number=secret, now=now)
     store.add_defect("c1", "k", secret, now=now)
-    for digit in secret:
-        store.journal_append("c1", "dtmf", now=now, digit=digit)
+    for place, digit in enumerate(secret):  # answers and turns in between do not end the row
+        if place in (5, 10):
+            store.append_turn("c1", f"k{place}", role="caller", source="keypad", heard_text="my order", now=now)
+        store.journal_append("c1", "dtmf", now=now + dt.timedelta(seconds=0.4 * place), digit=digit)
     assert store.get_call("c1")["turns"][0]["heard_text"] == f"my card is {MASK} or {MASK}"
     digits = [e["payload"]["digit"] for e in store.reader.get_events("c1") if e["kind"] == "dtmf"]
     assert "".join(digits) == "41111111????????"
@@ -265,3 +268,31 @@ def test_files_are_for_their_owner_only(store: CallStore, config: StorageConfig,
 def test_wrong_setting_is_refused_with_its_name(key: str, value: object) -> None:
     with pytest.raises(StorageConfigError, match=f"storage.{key}"):
         StorageConfig(**{key: value})  # type: ignore[arg-type]
+
+
+def test_an_entry_that_the_tables_refuse_keeps_its_journal_file(
+    config: StorageConfig, now: dt.datetime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise sa.exc.DataError("insert", {}, ValueError("no such value"))
+
+    monkeypatch.setitem(projection._PROJECTIONS, TurnAppended, refuse)
+    store = CallStore(config)
+    store.open_call("c1", did="100", ani="200", now=now)
+    store.append_turn("c1", "t1", role="caller", heard_text="where is my order", now=now)
+    store.close_call("c1", disposition="completed", cause="normal", ended_by="caller", now=now)
+    store.close()
+    kept = config.journal_folder / "c1.refused"
+    assert "where is my order" in str(unpack(kept.read_bytes()).entries)
+    assert not (config.journal_folder / "c1.journal").exists()
+
+
+def test_what_postgresql_would_refuse_is_made_to_fit(config: StorageConfig, now: dt.datetime) -> None:
+    store = CallStore(config)
+    store.open_call("c1", did="100", ani="200", display_name="A\0nna", now=now)
+    store.append_turn("c1", "t1", role="agent", generated_text="one\0 moment", now=now)
+    store.record_tool_call("c1", "x", turn_id="t1", name="n" * 200, arguments={"a\0": "b\0"}, state="failed", now=now)
+    call = store.get_call("c1")
+    assert call["display_name"] == "Anna" and call["turns"][0]["generated_text"] == "one moment"
+    assert call["tool_calls"][0]["name"] == "n" * 64 and call["tool_calls"][0]["arguments"] == {"a": "b"}
+    store.close()
