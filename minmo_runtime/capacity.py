@@ -19,18 +19,26 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from minmo_runtime.api import INPUT_SAMPLE_RATE_HZ, AudioDelta, CloseStream, OpenStream, PushAudio, Say
+from minmo_runtime.api import (
+    INPUT_SAMPLE_RATE_HZ,
+    AudioDelta,
+    CloseStream,
+    OpenStream,
+    PushAudio,
+    RuntimeEvent,
+    RuntimeRequest,
+    Say,
+)
 from minmo_runtime.checkpoint_contents import part_path, parts, read_contents
 from minmo_runtime.config import RuntimeConfig
 from minmo_runtime.profiles import Files, models_folder
-
-if TYPE_CHECKING:  # the engine asks this file how many calls it may take
-    from minmo_runtime.engine import Engine
+from minmo_runtime.stream import Stream
+from minmo_runtime.weights import Checkpoint
 
 SPEAKING_SHARE = 0.45  # of a call's time; the goals of design §7 and the benches count the same
 LISTENING_SHARE = 0.5  # the caller's own speech; silence never reaches the encoder
@@ -89,7 +97,23 @@ class Capacity:
         )
 
 
-def capacity_of(engine: Engine, kept_in: Path | None = None, timer: Callable[[], float] | None = None) -> Capacity:
+class Measured(Protocol):
+    """What the self-test asks of an engine (engine.py asks this file how many calls it may take)."""
+
+    checkpoint: Checkpoint
+    config: RuntimeConfig
+    streams: dict[str, Stream]
+    say_cache: dict
+    timer: Callable[[], float] | None
+
+    def receive(self, request: RuntimeRequest, now: float) -> list[RuntimeEvent]: ...
+
+    def step(self, now: float) -> list[RuntimeEvent]: ...
+
+    def has_work(self, now: float) -> bool: ...
+
+
+def capacity_of(engine: Measured, kept_in: Path | None = None, timer: Callable[[], float] | None = None) -> Capacity:
     """What config states; else what was kept of this device and these weights; else measured now, and kept.
 
     `engine` must hold no call. At least one call is always let in: an engine for nobody is of no use.
@@ -105,7 +129,7 @@ def capacity_of(engine: Engine, kept_in: Path | None = None, timer: Callable[[],
     return Capacity(max(1, costs.calls_held(config.max_streams)), source, costs)
 
 
-def measure(engine: Engine, timer: Callable[[], float]) -> Costs:
+def measure(engine: Measured, timer: Callable[[], float]) -> Costs:
     """The self-test. Leaves the engine as it was."""
     assert not engine.streams, f"calls are open: {sorted(engine.streams)}"
     rows = min(TEST_ROWS[engine.config.device], engine.config.max_streams)
@@ -121,7 +145,7 @@ def measure(engine: Engine, timer: Callable[[], float]) -> Costs:
     return Costs(rows, (one[0], several[0]), (one[1], several[1]))
 
 
-def _work_of(engine: Engine, num_calls: int, timer: Callable[[], float]) -> tuple[float, float]:
+def _work_of(engine: Measured, num_calls: int, timer: Callable[[], float]) -> tuple[float, float]:
     """Seconds of work per second of audio, listening and speaking, of so many calls at once."""
     names = [f"self-test-{index}" for index in range(num_calls)]
     speech = np.random.default_rng(0).normal(0, 2000, round(HEARD_S * INPUT_SAMPLE_RATE_HZ)).astype("<i2").tobytes()
@@ -146,7 +170,7 @@ def _work_of(engine: Engine, num_calls: int, timer: Callable[[], float]) -> tupl
     return heard_in / HEARD_S, spoken_in / max(spoken_s, 0.1)
 
 
-def _finish(engine: Engine) -> int:
+def _finish(engine: Measured) -> int:
     """Everything that can be done; returns the samples that were made."""
     num_samples = 0
     while engine.has_work(0.0):
