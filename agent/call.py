@@ -10,7 +10,7 @@ back to the same three. It translates and chains, nothing else:
     the engine's stream    agent/runtime_side.py     (opened, lost, opened again)
     what tools may do      agent/tools/desk.py       (two phases)
     what policies decide   agent/escalation.py       (admission was before)
-    what is kept           agent/transcript.py, agent/metrics.py
+    what is kept           agent/call_record.py, agent/transcript.py, agent/metrics.py
 
 No clock, no I/O, no task: the shell is agent/live_call.py; tests/scenarios drive whole calls in virtual time. Walk:
 hops 4-6 and 10-12.
@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 
 from agent import events as own
 from agent import floor
 from agent.agent_side import AgentSide
 from agent.agent_turns import State
 from agent.call_context import CallContext
+from agent.call_record import CallRecord
 from agent.call_setup import CallSetup
 from agent.caller_side import CallerSide
 from agent.escalation import Escalation
@@ -42,7 +42,6 @@ from agent.translate import predicted
 from agent.turn_taking import TurnTaking
 from minmo_runtime import api
 from telephony import leg as tel
-from telephony.sip.causes import disposition_of_unanswered
 
 
 class Call:
@@ -52,6 +51,7 @@ class Call:
         self.setup = setup
         self.call_id, self.leg_id = setup.call_id, setup.leg_id
         self.context = CallContext(setup.call_id, setup.leg_id)
+        self.record = CallRecord(setup, self.context)
         self.turns = TurnTaking(setup.floor_rules(), slot_digits=setup.order_digits)
         self.transcript = Transcript()
         self.caller = CallerSide(self.context, self.transcript, setup.sample_rate_hz)
@@ -67,8 +67,7 @@ class Call:
         frame = CallFrame(setup.order_digits, setup.facts.started_at.weekday())
         self.desk = ToolDesk(setup.call_id, setup.tools, frame)
         self._typed = ""  # a number typed on the keypad, not answered yet
-        self._is_confirmed = self._is_over = False
-        self._disposition, self._cause = "completed", ""
+        self._is_over = False
 
     # ==================================================================== the loop
 
@@ -99,7 +98,7 @@ class Call:
             case tel.HoldChanged(is_held=is_held, by=by):
                 self.context.journal("hold" if is_held else "unhold", by=by)
             case tel.MediaHealth():
-                self._on_media_health(event)
+                self.record.media_health(event)
             case tel.LegDisconnected():
                 self._on_disconnected(event, now)
             # -------------------------------------------------------- the runtime
@@ -129,7 +128,7 @@ class Call:
                 self._on_runtime_lost(event.reason, now)
             # ---------------------------------------------------------- the shell
             case own.Start():
-                self._keep_manner()
+                self.record.keep_manner(self.turns.config)
                 self.runtime.open(self._system_prompt())
             case own.Resumed():
                 self._on_resumed(event, now)
@@ -146,19 +145,13 @@ class Call:
             case own.Tick():
                 self._on_tick(now)
             case own.RecordingWanted():
-                self._switch_recording(event.is_kept, event.by)
+                self.record.recording_switched(event.is_kept, event.by)
             case own.ShutDown():
-                self._cause = event.cause
+                self.record.cause = event.cause
                 self._floor(floor.HangUpWanted(event.cause), now)
         return self.context.actions
 
     # ============================================================= begin and end
-
-    def _keep_manner(self) -> None:
-        """The journal says which turn taking this call has, with every value as it takes effect."""
-        decision = self.setup.policy.duplex(self.setup.facts)
-        values = asdict(self.turns.config)
-        self.context.journal("turn_taking", preset=decision.preset, reasons=list(decision.reasons), **values)
 
     def _system_prompt(self) -> str:
         return self.setup.policy.system_prompt(self.escalation.facts)
@@ -169,7 +162,7 @@ class Call:
     def _on_opened(self, event: api.StreamOpened, now: float) -> None:
         """The call is answered only now: nobody is let in to silence."""
         is_first, runtime = self.runtime.opened(event), self.runtime
-        if is_first and not self._is_confirmed:
+        if is_first and not self.record.is_confirmed:
             self.context.add(tel.Answer(leg_id=self.leg_id))
             self._floor(floor.Ringing((self._notice(), floor.LineWanted(self.setup.greeting))), now)
         elif runtime.waiting_reply in self.agent.purposes:
@@ -181,15 +174,14 @@ class Call:
             self._floor(floor.LineWanted("apology"), now)
 
     def _on_confirmed(self, event: tel.LegStateChanged, now: float) -> None:
-        if self._is_confirmed:
+        if self.record.is_confirmed:
             return  # a re-INVITE
-        self._is_confirmed = True
-        self.context.keep("answer_call", codec=event.codec)
+        self.record.confirmed(event.codec)
         self._floor(floor.Answered(), now)
 
     def _on_resumed(self, event: own.Resumed, now: float) -> None:
         """The agent process died under this call; the worker kept it."""
-        self._is_confirmed = True
+        self.record.is_confirmed = True
         self.runtime.earlier = event.history
         self.runtime.open(self._system_prompt())
         self._floor(floor.Answered(), now)
@@ -210,18 +202,9 @@ class Call:
             self.agent.line_went_dead(turn.turn_id)
             self._carry(self.desk.cut(turn.turn_id))
         self._floor(floor.Gone(), now)
-        cause = self._cause if event.by == "agent" and self._cause else event.cause
-        if not self._is_confirmed and self.setup.facts.direction == "outbound":
-            self._disposition = disposition_of_unanswered(cause, event.by)
-        elif cause == event.cause and not self._is_confirmed:
-            self._disposition = "abandoned"
-        elif cause == event.cause and event.by == "network":
-            self._disposition = "failed"
         self.runtime.close()
         self.context.keep_figures(self.engine.figures())
-        self.context.journal("leg_ended", cause=event.cause, sip_status=event.sip_status, by=event.by)
-        fields = {"disposition": self._disposition, "cause": cause, "ended_by": event.by}
-        self.context.keep("close_call", **fields, end_sample=self.context.sample)
+        self.record.ended(event)
         self.context.add(own.EndCall())
         self._is_over = True
 
@@ -317,7 +300,7 @@ class Call:
             case floor.Defect():
                 self.context.keep("add_defect", kind=action.kind, detail=action.detail, turn_id=action.turn_id)
             case floor.HangUp():
-                self._cause = self._cause or action.cause
+                self.record.cause = self.record.cause or action.cause
                 self.context.add(tel.Hangup(leg_id=self.leg_id, cause=action.cause))
 
     def _take_floor(self, action: floor.TakeFloor, now: float) -> None:
@@ -361,11 +344,7 @@ class Call:
             else:
                 self.context.add(action)
             if isinstance(action, own.RunTool) and action.name in RECORDING_TOOLS:  # at once: it may be a card's number
-                self._switch_recording(RECORDING_TOOLS[action.name], "agent")
-
-    def _switch_recording(self, is_kept: bool, by: str) -> None:
-        method = "go_on_recording" if is_kept else "pause_recording"
-        self.context.keep(method, sample=self.context.sample, by=by)
+                self.record.recording_switched(RECORDING_TOOLS[action.name], "agent")
 
     def _commit(self, commit: own.CommitTool, now: float) -> None:
         """The reply that asked for it was heard to its end."""
@@ -386,16 +365,8 @@ class Call:
         if line := self.escalation.referred(event):
             self._floor(floor.LineWanted(line), now)
         else:
-            self._disposition = self._cause = "transferred"
+            self.record.disposition = self.record.cause = "transferred"
             self._floor(floor.HangUpWanted("transferred"), now)
-
-    def _on_media_health(self, event: tel.MediaHealth) -> None:
-        """Said once, two seconds after the answer: one-way audio has its name in the record."""
-        fields = {name: getattr(event, name) for name in event.__struct_fields__ if name != "leg_id"}
-        self.context.journal("media_health", **fields)
-        if event.verdict.startswith("one_way"):
-            detail = f"{event.packets_in} packets in, {event.packets_out} out, {event.codec}, {event.promised_address}"
-            self.context.keep("add_defect", kind=event.verdict, detail=detail)
 
     # ====================================================== time, and a dead engine
 

@@ -23,9 +23,9 @@ Two promises are kept by time alone. The caller is not left in silence: an owed 
 after `filler_after_s` and is given up after `recover_after_s`; a silent caller is asked again, then the call closes.
 And a call ends: `max_call_s`.
 
-The states, which may follow which, and the queue are in agent/agent_turns.py; the two decisions, as arithmetic, in
-agent/duplex_decisions.py. Every (state, event) pair is answered by `_HANDLERS`; a pair that is not in it is
-deliberately without effect (tests/agent lists them).
+The states, which may follow which, and the queue are in agent/agent_turns.py; what time alone decides in
+agent/turn_clock.py; the two decisions, as arithmetic, in agent/duplex_decisions.py. Every (state, event) pair is
+answered by `_HANDLERS`; a pair that is not in it is deliberately without effect (tests/agent lists them).
 
 Sources: MinMo arXiv 2501.06282 section 3.4 (two decisions); Duplex rules of design §4a; users.md P8-P12, P16, L1, L2,
 L4.
@@ -38,24 +38,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from agent import floor
-from agent.agent_turns import AgentTurn, AgentTurns, State
+from agent.agent_turns import AgentTurn, State
 from agent.duplex_decisions import CallerTurn, EndOfTurn, Meaning, Overlap, end_of_turn, meaning_of
 from agent.floor import Action, Event
+from agent.turn_clock import TurnClock
 
 
 @dataclass
-class TurnTaking(AgentTurns):
+class TurnTaking(TurnClock):
     """Drive it with `step`; it owns the floor of one call and knows neither audio nor models."""
 
     overlap: Overlap | None = None
-    answered_at: float | None = None
     _doubtful: Overlap | None = None  # resumed, but its voice still lasts
-    _num_reprompts: int = 0
     _audio_s: float = 0.0  # the caller's clock
     _stretch_s: float = 0.0  # voiced audio of the running stretch
     _is_ignoring: bool = False  # a voice that was judged noise: until it falls silent
     _prediction: floor.Predicted | None = None
-    _hang_up_at: float | None = None
 
     # ------------------------------------------------------------------- drive
 
@@ -299,7 +297,10 @@ class TurnTaking(AgentTurns):
     # ----------------------------------------------------------------------- time
 
     def _on_tick(self, _event: Event, now: float) -> None:
-        if self._has_call_ended(now):
+        if self._is_too_long(now):
+            self._actions.append(floor.ResumePlayout())
+            self._leave_overlap()
+            self._close_for_length(now)
             return
         match self.state:
             case State.LISTENING:
@@ -311,56 +312,6 @@ class TurnTaking(AgentTurns):
                 self._decide_overlap(now)
             case State.CLOSING:
                 self._finish_closing(now)
-
-    def _has_call_ended(self, now: float) -> bool:
-        if self.answered_at is None or now - self.answered_at < self.config.max_call_s or self.state is State.CLOSING:
-            return False
-        self._actions.append(floor.ResumePlayout())
-        self._leave_overlap()
-        if self.queue:
-            self._actions += [floor.Cut(turn.turn_id, "interrupt") for turn in self.queue]
-            self.queue.clear()
-        self._take_floor("max_length", now, closing_cause="max_length")
-        return True
-
-    def _watch_owed(self, now: float) -> None:
-        turn = self.current
-        if turn is None or (self.state is State.PROTECTED and turn.is_audible):
-            return
-        owed_s = now - turn.owed_since
-        if owed_s >= self.config.recover_after_s:
-            self._actions.append(floor.Defect("silence", f"{turn.purpose} owed for {owed_s:.1f} s", turn.turn_id))
-            self._cut_current("recover", now)
-            if self.state is State.LISTENING:
-                self.caller = CallerTurn()
-                self._take_floor("apology", now)
-        elif owed_s >= self.config.filler_after_s and not turn.has_filler:
-            turn.has_filler = True
-            self._actions.append(floor.Filler(turn.turn_id))
-
-    def _break_silence(self, now: float) -> None:
-        if self.state is not State.LISTENING:
-            return
-        self._say_waiting_line(now)
-        if self.state is not State.LISTENING:
-            return
-        silent_since = max(self._listening_since, self._last_voiced_at)
-        if now - silent_since < self.config.reprompt_after_s:
-            return
-        self.caller = CallerTurn()
-        if self._num_reprompts >= self.config.max_reprompts:
-            self._take_floor("goodbye_silence", now, closing_cause="silence")
-        else:
-            self._num_reprompts += 1
-            self._take_floor("reprompt", now)
-
-    def _finish_closing(self, now: float) -> None:
-        turn = self.current
-        assert turn is not None
-        is_heard = self._hang_up_at is not None and now >= self._hang_up_at
-        if is_heard or now - self._closing_since >= self.config.closing_max_s:
-            self._actions.append(floor.HangUp(turn.closing_cause))
-            self._move(State.CLOSED)
 
 
 _Handler = Callable[[TurnTaking, Any, float], None]
