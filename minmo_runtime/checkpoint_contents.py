@@ -42,6 +42,7 @@ TRAINED_WITH = {"projector": ("encoder", "llm"), "duplex": ("encoder", "llm"), "
 _STAGE_OF_CONNECTOR = {"projector": "1a", "duplex": "4", "output_projector": "2a"}
 # Parts that consume voice tokens and therefore name the tokenizer that made them.
 VOICE_TOKEN_PARTS = ("voice_lm", "flow")
+KEPT_PARTS = ("voice_tokenizer",)  # not served: training and new voices need them
 
 
 _BUILDERS: dict[str, tuple[Callable[[Mapping[str, Any]], Any], Callable[[Any], nn.Module]]] = {

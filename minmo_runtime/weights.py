@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from minmo_runtime.caption_search import CaptionReader
 from minmo_runtime.checkpoint_contents import (
     CONNECTORS,
+    KEPT_PARTS,
     CheckpointError,
     CheckpointFacts,
     Listening,
@@ -119,6 +120,7 @@ def load_checkpoint(folder: str | Path, seed: int = 0, models: str | Path = "") 
     files = Files(folder, models_folder(str(models)))
     torch.manual_seed(seed)
     modules, untrained, warnings = _modules(folder, contents, files)
+    untrained += _check_kept(files, listed)
     tokenizers = {key: _tokenizer(files.path(name)) for key, name in contents["tokenizers"].items()}
     prompt = files.path(str(listed.get("prompt_voice", {}).get("path", "prompt_voice.safetensors")))
     checkpoint = Checkpoint(
@@ -171,6 +173,21 @@ def _modules(
     if isinstance(duplex, DuplexPredictor) and duplex.dims.input != "encoder":
         _check_predictor(modules, folder)
     return modules, untrained, warnings
+
+
+def _check_kept(files: Files, listed: Mapping[str, Any]) -> list[str]:
+    """Files that no call needs but training and new voices do (the voice tokenizer): whole, and trained by anybody.
+
+    Returns the names of those that hold nothing but zeros.
+    """
+    empty = []
+    for name, entry in listed.items():
+        path = files.path(str(entry.get("path", f"{name}.safetensors")))
+        if name in KEPT_PARTS and path.is_file():
+            check_hash(path, entry.get("sha256", ""))
+            if not any(bool(tensor.any()) for tensor in load_file(str(path)).values()):
+                empty.append(name)
+    return empty
 
 
 def _fill(module: nn.Module, path: Path, contents: Mapping[str, Any], files: Files, part: str) -> bool:

@@ -10,6 +10,7 @@ zero: 2a may not be worse than 0h.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from minmo_runtime.model.output_projector import OutputProjector, OutputProjecto
 from minmo_runtime.model.voice_lm import VoiceLm
 from minmo_runtime.text import TextTokenizer, chat_turn, digit_runs
 from minmo_runtime.training.dialogues import Turn, dialogue
-from minmo_runtime.training.evaluate import wer_of_codes
+from minmo_runtime.training.evaluate import spoken_words, wer_of_codes
 from minmo_runtime.training.freeze import only_trainable
 from minmo_runtime.training.llm import encode_row
 from minmo_runtime.training.loop import LoopSettings, StepLoop
@@ -102,6 +103,7 @@ def make_data(path: Path, work_dir: Path, settings: dict[str, Any], seed: int, s
     ids_of, mouth = load_tokenizer(work_dir), Mouth(work_dir)
     rows: dict[str, list[np.ndarray]] = {}
     texts: list[str] = []
+    paces: list[str] = []
     rng, number = np.random.default_rng([seed, split == "held"]), 0
     while len(texts) < count:
         found = replies_of(dialogue(f"semantic/{seed}/{number}", split))
@@ -116,7 +118,8 @@ def make_data(path: Path, work_dir: Path, settings: dict[str, Any], seed: int, s
             for name, value in {**row, "voice": voice.astype(np.int16)}.items():
                 rows.setdefault(name, []).append(value)
             texts.append(reply.text)
-    arrays = {"texts": np.array(texts)}
+            paces.append(reply.pace)
+    arrays = {"texts": np.array(texts), "paces": np.array(paces)}
     for name, values in rows.items():
         Ragged.of(values).save_into(arrays, name)
     save_arrays(path, arrays)
@@ -169,7 +172,7 @@ class Replies:
 
     def __init__(self, path: Path) -> None:
         arrays = load_arrays(path)
-        self.texts = arrays["texts"].tolist()
+        self.texts, self.paces = arrays["texts"].tolist(), arrays["paces"].tolist()
         names = ("ids", "hidden", "query_embedding", "query_hidden", "voice")
         self._rows = {name: Ragged.load_from(arrays, name) for name in names}
         self.voice = self._rows["voice"]
@@ -205,7 +208,16 @@ def evaluate(task: SemanticTask, data: Replies, work_dir: Path, num_spoken: int)
             codes = speak(task.voice_lm, list(semantic), queries=list(queries))
             scores[f"wer_codes_{name}"], words = wer_of_codes(work_dir, data.texts[:num_spoken], codes)
             scores["words"] = float(words)
+            if not is_plain and task.settings["uses_pace"]:
+                scores["pace_fast_over_slow"] = _pace(data, codes, "fast") / _pace(data, codes, "slow")
     return scores
+
+
+def _pace(data: Replies, codes: Sequence[Sequence[int]], pace: str) -> float:
+    """Words per voice token of the replies that were to be spoken at this pace."""
+    chosen = [i for i in range(len(codes)) if data.paces[i] == pace]
+    num_words = sum(len(spoken_words(data.texts[i]).split()) for i in chosen)
+    return num_words / max(1, sum(len(codes[i]) for i in chosen))
 
 
 def ship_projector(work_dir: Path, projector: OutputProjector, state: dict[str, Tensor]) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 from safetensors import safe_open
 
 from minmo_runtime.checkpoint_contents import (
+    KEPT_PARTS,
     NEEDED,
     TRAINED_WITH,
     VOICE_TOKEN_PARTS,
@@ -135,6 +136,11 @@ def assemble(
         if part in VOICE_TOKEN_PARTS and (digest := voice_tokenizer_hash(ship, part)):
             files[part]["voice_tokenizer_sha256"] = digest
         files[part] |= identities(source, part, lora)
+    for part in KEPT_PARTS:  # as they are: what was trained on their codes keeps their hash
+        if (ship / f"{part}.safetensors").is_file():
+            for path in ship.glob(f"{part}.*"):
+                shutil.copyfile(path, out / path.name)
+            files[part] = {"path": f"{part}.safetensors", "sha256": file_hash(out / f"{part}.safetensors")}
     for file in TOKENIZERS.values():
         shutil.copyfile(ship / file, out / file)
     for extra in ("voices.safetensors", NGRAM_FILE, "MODEL_CARD.md"):

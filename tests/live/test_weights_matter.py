@@ -27,13 +27,13 @@ import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from agent.run_folder import SHIPPED_CHECKPOINT  # noqa: E402
-from minmo_runtime.checkpoint_contents import parts  # noqa: E402
+from minmo_runtime.checkpoint_contents import KEPT_PARTS, parts  # noqa: E402
 from tests.live.stack import ENVIRONMENT  # noqa: E402
 
 pytestmark = [pytest.mark.live, pytest.mark.slow]
 CONTENTS = SHIPPED_CHECKPOINT / "checkpoint.toml"
 FILES: dict[str, dict[str, str]] = tomllib.loads(CONTENTS.read_text())["files"] if CONTENTS.is_file() else {}
-SERVED_PARTS = [part for part in parts() if part in FILES]
+SERVED_PARTS = [part for part in (*parts(), *KEPT_PARTS) if part in FILES]
 
 
 def checkpoint_with(part: str, change: Any, folder: Path) -> Path:

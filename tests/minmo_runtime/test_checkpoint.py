@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import minmo_runtime
 from minmo_runtime.checkpoint_contents import CheckpointError
 from minmo_runtime.config import RuntimeConfig
 from minmo_runtime.random_checkpoint import TINY, write_random_checkpoint
 from minmo_runtime.weight_files import file_hash
 from minmo_runtime.weights import load_checkpoint
+
+NANO = Path(minmo_runtime.__file__).parent / "checkpoints" / "nano"
 
 
 def rewrite(folder: Path, old: str, new: str) -> None:
@@ -146,3 +151,15 @@ def test_a_connector_without_weights_is_bridged_not_random(tmp_path: Path) -> No
     (folder / "output_projector.safetensors").unlink()
     checkpoint = load_checkpoint(folder)
     assert "out" in checkpoint.bridges and not checkpoint.untrained and checkpoint.warnings
+
+
+def test_a_voice_tokenizer_of_zeros_is_untrained_and_a_changed_one_refused(tmp_path: Path) -> None:
+    copy = tmp_path / "nano"
+    shutil.copytree(NANO, copy)
+    path, contents = copy / "voice_tokenizer.safetensors", (copy / "checkpoint.toml").read_text()
+    save_file({key: torch.zeros_like(tensor) for key, tensor in load_file(path).items()}, path)
+    with pytest.raises(CheckpointError, match="voice_tokenizer.safetensors: sha256"):
+        load_checkpoint(copy)
+    listed = tomllib.loads(contents)["files"]["voice_tokenizer"]["sha256"]
+    (copy / "checkpoint.toml").write_text(contents.replace(listed, file_hash(path)))
+    assert load_checkpoint(copy).label == "nano UNTRAINED(voice_tokenizer)"
