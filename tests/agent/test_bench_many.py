@@ -38,6 +38,10 @@ def test_the_result_is_the_last_level_that_holds_and_the_cost_of_a_call() -> Non
     result = result_of([FIRST, SECOND, failed])
     assert result["calls_held"] == 16 and "p99 70.0 ms" in result["limited_by"]
     assert result["cpu_percent_per_call"] == {"agent": 2.0, "workers": 4.0, "callers": 0.25}
+    mute = dataclasses.replace(SECOND, calls=20, answers_s=(None,) * 9, machine_busy=0.99)
+    both = result_of([FIRST, SECOND, mute, failed])
+    assert (both["calls_held"], both["calls_with_steady_packets"]) == (16, 20)
+    assert "all " in both["limited_by"] and "p99 70.0 ms" in both["packets_limited_by"]
     assert result_of([failed])["calls_held"] == 0
     assert result_of([FIRST])["limited_by"] == "the number asked for"
 
