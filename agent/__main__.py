@@ -443,7 +443,7 @@ def db_security(
 def access_add(
     name: Annotated[str, typer.Argument(help="a-z, 0-9 and _; stands in the audit.")],
     rights: Annotated[
-        str, typer.Option(help="Of listen, hang_up, export, call; with commas. Seeing calls needs none.")
+        str, typer.Option(help="Of listen, hang_up, recording, export, call, dial; with commas. Seeing needs none.")
     ] = "",
     config: ConfigFile = None,
 ) -> None:
