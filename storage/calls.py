@@ -29,10 +29,8 @@ from __future__ import annotations
 import datetime as dt
 import logging
 import shutil
-import threading
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 from storage import entries as e
@@ -42,45 +40,26 @@ from storage.database import create_tables, open_database
 from storage.entries import JournalUnavailable, StorageError, StorageFull, UnknownCall
 from storage.journal import CallJournal
 from storage.masking import mask_card_numbers, mask_value
+from storage.open_calls import OpenCall, OpenCalls
 from storage.projection import UPDATABLE_CALL, UPDATABLE_TURN
 from storage.recordings import CallRecorder, RecordingReader, Segment
 from storage.search import CallReader
 from storage.security import note_security_event
-from storage.writer import Writer, commit_entries
+from storage.writer import Writer
 
 __all__ = ["CallStore", "JournalUnavailable", "StorageError", "StorageFull", "UnknownCall"]
 
 log = logging.getLogger(__name__)
-# Event fields that hold what was said or keyed: masked without asking for a valid check digit.
-_HEARD_KEYS = frozenset({"text", "heard_text", "generated_text", "digits", "caption"})
 _PAUSED, _WENT_ON = "recording_paused", "recording_went_on"  # events of the journal
 RECORDING_WAIT_S = 30.0
-KEY_ROW_PAUSE = dt.timedelta(seconds=4)  # longer ends a row; what is said or answered between keys does not
-MAX_KEYS_STORED = 8  # more keys in a row than any order number: a card; the rest of the row is not kept
 
 
-@dataclass
-class _OpenCall:
-    """What is needed to go on writing a call. Owned by CallStore, under its lock."""
-
-    journal: CallJournal
-    next_seq: int
-    next_position: int
-    ani: str = ""
-    num_keys_in_a_row: int = 0
-    last_key_at: dt.datetime | None = None
-    refused: set[str] = field(default_factory=set)  # its own id, once the tables refused an entry
-    recorder: CallRecorder | None = None
-    sample_rate_hz: int = 8_000
-    last_at: dt.datetime | None = None
-    turn_ids: set[str] = field(default_factory=set)
-
-
-class CallStore:
+class CallStore(OpenCalls):
     """See the module. One per agent process; writing methods may be called from any thread."""
 
     def __init__(self, config: StorageConfig, *, is_background: bool = True) -> None:
         """`is_background=False`: SQL and recordings are written before a method returns (tests in virtual time)."""
+        super().__init__()
         self._config = config
         config.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # first: `parents` would give it the usual mode
         config.journal_folder.mkdir(mode=0o700, exist_ok=True)
@@ -88,10 +67,8 @@ class CallStore:
         self.engine = open_database(config)
         create_tables(self.engine)
         self.reader = CallReader(self.engine, config.recording_folder)
-        self._lock = threading.Lock()
-        self._calls: dict[str, _OpenCall] = {}
         self._orphans = replay.replay_folder(self.engine, config.journal_folder)
-        self._writer: Writer | None = None
+        self._writer = None
         self._recording_thread: ThreadPoolExecutor | None = None
         if is_background:
             self._recording_thread = ThreadPoolExecutor(1, thread_name_prefix="storage-recorder")
@@ -131,7 +108,7 @@ class CallStore:
                 raise StorageError(f"call {call_id} is open already")
             journal = CallJournal.open(self._config.journal_folder, call_id, is_synced=self._config.is_synced)
             party = did if direction == "outbound" else ani  # whom a callback would call
-            self._calls[call_id] = _OpenCall(journal, 0, 0, ani=party, sample_rate_hz=sample_rate_hz)
+            self._calls[call_id] = OpenCall(journal, 0, 0, ani=party, sample_rate_hz=sample_rate_hz)
         fields = {"did": did, "ani": ani, "display_name": mask_card_numbers(display_name), "direction": direction}
         fields |= {"campaign": campaign, "campaign_version": campaign_version, "source_address": source_address}
         self._append(e.CallOpened, call_id, now, sync=True, sample_rate_hz=sample_rate_hz, **fields)
@@ -359,7 +336,7 @@ class CallStore:
         if orphan is None:
             raise UnknownCall(f"{call_id}: not an open call of an earlier process")
         journal = CallJournal.open(self._config.journal_folder, call_id, is_synced=self._config.is_synced)
-        self._calls[call_id] = _OpenCall(
+        self._calls[call_id] = OpenCall(
             journal,
             orphan.next_seq,
             orphan.next_position,
@@ -398,22 +375,6 @@ class CallStore:
 
     # ------------------------------------------------------------------- ending
 
-    def flush(self) -> bool:
-        """Waits until everything acknowledged is in SQL.
-
-        False when the database does not answer (the journal has it).
-        """
-        return self._writer.flush() if self._writer else True
-
-    @property
-    def num_behind(self) -> int:
-        """Acknowledged entries not yet in SQL: 0 most of the time, growing while the database is away."""
-        return self._writer.num_behind if self._writer else 0
-
-    @property
-    def last_error(self) -> str:
-        return self._writer.last_error if self._writer else ""
-
     def close(self) -> None:
         """Commits what is left and gives the writer's lock back. Open calls stay open in the journal."""
         self._wait_for_recordings()
@@ -428,48 +389,6 @@ class CallStore:
         self._writer_lock.close()
 
     # ------------------------------------------------------------------- inside
-
-    def _open(self, call_id: str) -> _OpenCall:
-        call = self._calls.get(call_id)
-        if call is None:
-            raise UnknownCall(f"{call_id}: not open")
-        return call
-
-    def _append(
-        self, kind: Callable[..., Any], call_id: str, now: dt.datetime, *, sync: bool = False, **fields: Any
-    ) -> None:
-        """Gives the entry its number, writes it to the journal file, hands it to SQL.
-
-        Here an entry becomes acknowledged.
-        """
-        if now.tzinfo is None:
-            raise StorageError(f"naive time {now!r}: the store takes timezone-aware times only")
-        with self._lock:
-            call = self._open(call_id)
-            entry: e.AnyEntry = kind(call_id=call_id, seq=call.next_seq, at=now, **_storable(fields))
-            call.journal.append(entry, sync=sync)
-            call.next_seq += 1
-            call.last_at = now
-            if isinstance(entry, e.CallClosed):
-                del self._calls[call_id]
-            if self._writer is not None:
-                self._writer.put(entry, call.journal)
-                return
-        commit_entries(self.engine, [entry], call.refused)
-        if isinstance(entry, e.CallClosed):
-            call.journal.close(remove=not call.refused, is_refused=bool(call.refused))
-
-    def _masked_event(self, call_id: str, now: dt.datetime, fields: dict[str, Any]) -> dict[str, Any]:
-        masked = {key: mask_value(value, is_heard=key in _HEARD_KEYS) for key, value in fields.items()}
-        if "digit" in fields:
-            with self._lock:
-                call = self._open(call_id)
-                is_same_row = call.last_key_at is not None and now - call.last_key_at < KEY_ROW_PAUSE
-                call.num_keys_in_a_row = call.num_keys_in_a_row + 1 if is_same_row else 1
-                call.last_key_at = now
-                if call.num_keys_in_a_row > MAX_KEYS_STORED:
-                    masked["digit"] = "?"
-        return masked
 
     def _keep_segment(self, call_id: str, segment: Segment) -> None:
         call = self._calls.get(call_id)
@@ -498,17 +417,6 @@ def _check_fields(fields: dict[str, Any], allowed: frozenset[str]) -> None:
     unknown = set(fields) - allowed
     if unknown:
         raise StorageError(f"unknown field {', '.join(sorted(unknown))}: allowed are {', '.join(sorted(allowed))}")
-
-
-def _storable(value: Any) -> Any:
-    """Without NUL, which PostgreSQL keeps in no text (a model may write any byte)."""
-    if isinstance(value, str):
-        return value.replace("\0", "")
-    if isinstance(value, dict):
-        return {_storable(key): _storable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_storable(item) for item in value)
-    return value
 
 
 def _masked_turn(fields: dict[str, Any]) -> dict[str, Any]:
