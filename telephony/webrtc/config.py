@@ -26,7 +26,7 @@ class WebRtcConfig:
     num_workers: int = 1
     """Worker processes, 0-16; 0 = browsers cannot call. Without the optional packages (extra `webrtc`) none starts."""
 
-    max_calls: int = 5
+    max_calls: int = 8
     """Calls at once in one worker process, 1-50. One more is refused with 503 and Retry-After."""
 
     bind: str = "127.0.0.1"
