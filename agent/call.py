@@ -63,7 +63,7 @@ class Call:
         self.wire = WireTimes(setup.sample_rate_hz)
         self.engine = EngineCounts()
         self.keypad = Keypad(setup.order_digits, setup.digit_timeout_s)
-        self.escalation = Escalation(self.context, setup.policy, setup.facts, setup.min_confidence)
+        self.escalation = Escalation(self.context, setup.policy, setup.facts)
         frame = CallFrame(setup.order_digits, setup.facts.started_at.weekday())
         self.desk = ToolDesk(setup.call_id, setup.tools, frame)
         self._typed = ""  # a number typed on the keypad, not answered yet

@@ -29,7 +29,6 @@ class CallSetup:
     tools: tuple[str, ...]
     turn_taking: TurnTakingConfig = field(default_factory=TurnTakingConfig)
     digit_timeout_s: float = 4.0
-    min_confidence: float = 0.35  # mean posterior of the caller's words below which the agent asks again
     rendered: Mapping[str, bytes] = field(default_factory=dict)  # sentence -> audio made before the call
     rendered_rate_hz: int = 24_000
     seed: int = 0

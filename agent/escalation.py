@@ -24,7 +24,6 @@ class Escalation:
     context: CallContext
     policy: PolicyEngine
     facts: CallFacts
-    min_confidence: float
     refer_to: str = ""  # set when a person can be reached
     is_warm: bool = False  # the person is called and told first
     is_under_way: bool = False  # and no outcome yet
@@ -33,7 +32,7 @@ class Escalation:
 
     def line_for(self, text: str, confidence: float) -> str:
         """ "reply" when the caller was understood, else the line to say."""
-        if text and confidence >= self.min_confidence:
+        if text and confidence >= self.policy.config.min_confidence:
             self._count_missed(0)
             return "reply"
         self._count_missed(self.facts.num_turns_not_understood + 1)
