@@ -27,7 +27,10 @@ while len(received) < 2:
 DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
 
 
-OTHER_WORDS = {"device": "cuda", "dtype": "bfloat16", "weights": "int8"}  # settings with a choice of words
+# Settings with a choice of words, or with a narrow range.
+OTHER_VALUES: dict[str, str | float] = {
+    "device": "cuda", "dtype": "bfloat16", "weights": "int8", "draft_probability": 0.7,
+}  # fmt: skip
 
 
 def child_of(code: str) -> Child:
@@ -103,7 +106,7 @@ def config(tmp_path: Path) -> Config:
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(RuntimeConfig)])
 def test_every_runtime_setting_reaches_the_engine(config: Config, field: str) -> None:
     default = getattr(config.runtime, field)
-    other = OTHER_WORDS.get(field, "another") if isinstance(default, str) else default + 1
+    other = OTHER_VALUES.get(field, "another" if isinstance(default, str) else default + 1)
     changed = dataclasses.replace(config.runtime, **{field: other})
     _, _, *words = Stack(dataclasses.replace(config, runtime=changed))._engine_spec().command
     assert server.parse(words).config == changed != RuntimeConfig()
