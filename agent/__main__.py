@@ -11,6 +11,7 @@ import dataclasses
 import getpass
 import json
 import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -74,6 +75,15 @@ def with_profile(config: Config, profile: str) -> Config:
 def fail(text: str) -> NoReturn:
     typer.echo(f"minmo: {text}", err=True)
     raise typer.Exit(2)
+
+
+@contextlib.contextmanager
+def needs_training_packages() -> Iterator[None]:
+    """What training and evaluating need beyond a call is an extra."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        fail(f"the package {error.name} is not installed; run: make venv-train")
 
 
 # ------------------------------------------------------------------ the agent
@@ -187,13 +197,16 @@ def train(
             load_stage(name)
     except ValueError as error:
         fail(f"{error}, and the groups {', '.join(GROUPS)}")
-    raise typer.Exit(run(stages, work_dir, None if minutes is None else minutes * 60, again))
+    with needs_training_packages():
+        status = run(stages, work_dir, None if minutes is None else minutes * 60, again)
+    raise typer.Exit(status)
 
 
 @app.command(name="eval", context_settings=PASS_ON)
 def evaluate(context: typer.Context) -> None:
     """Measure recognition, task success and barge-in as defined in docs/evaluation.md."""
-    from agent.evaluate import main as run
+    with needs_training_packages():
+        from agent.evaluate import main as run
 
     raise typer.Exit(run(context.args))
 

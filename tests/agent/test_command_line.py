@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,9 @@ def test_the_demo_shop_is_seeded_once(config_file: Path) -> None:
     again = json.loads(runner.invoke(app, ["db", "seed", "--config", str(config_file)]).output)
     assert first["new_orders"] > 0
     assert again == {"new_orders": 0, "orders": first["orders"]}
+
+
+def test_a_package_of_an_extra_that_is_missing_is_named_with_what_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "agent.evaluate", None)  # as if it could not be imported
+    ended = runner.invoke(app, ["eval"])
+    assert ended.exit_code == 2 and "is not installed; run: make venv-train" in ended.output
