@@ -26,12 +26,7 @@ serve: venv
 	@$(BIN)/minmo serve
 
 test: venv-dev
-# Calls with outside peers are mostly waiting: three files at a time. What needs the cores to itself runs alone.
-	@failed=0; \
-	$(BIN)/python -m pytest -m "not live" || failed=1; \
-	$(BIN)/python -m pytest -m "live and slow" || failed=1; \
-	$(BIN)/python -m pytest -m "live and not slow" -n 3 --dist loadfile || failed=1; \
-	exit $$failed
+	@$(BIN)/python -m pytest
 
 check: venv-dev
 	$(BIN)/ruff format --check .

@@ -75,6 +75,7 @@ class Crowd(threading.Thread):
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.callers: list[Caller] = []
+        self._refused: list[RawPeer] = []  # the reader still has their sockets
         self.most_late_s = 0.0  # of our own packets: a machine that is too full for the bench itself
         self._reader = RtpReader([])
         self._payloads, self._sentence_packets = payloads()
@@ -100,8 +101,10 @@ class Crowd(threading.Thread):
         try:
             final = peer.final()
         except TimeoutError:
+            self._refused.append(peer)
             return "no answer"
         if not final.startswith("SIP/2.0 200"):
+            self._refused.append(peer)
             return final.splitlines()[0]
         dialled_s = time.monotonic() - began_s
         peer.request("ACK", to_tag=to_tag(final))
@@ -131,5 +134,5 @@ class Crowd(threading.Thread):
             caller.hang_up()
         time.sleep(0.5)
         self._reader.stop()
-        for caller in self.callers:
-            caller.peer.close()
+        for peer in (*(caller.peer for caller in self.callers), *self._refused):
+            peer.close()

@@ -46,20 +46,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if report.skipped and item.get_closest_marker("live"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        _skipped_live[item.nodeid] = reason
         if are_peers_required():
             report.outcome = "failed"
-            report.longrepr = f"skipped, and MINMO_REQUIRE_PEERS=1: {_reason(report)}"
+            report.longrepr = f"skipped, and MINMO_REQUIRE_PEERS=1: {reason}"
     return report
-
-
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Called where the run is summed up, wherever the test ran (pytest-xdist)."""
-    if report.skipped and "live" in report.keywords:
-        _skipped_live[report.nodeid] = _reason(report)
-
-
-def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
-    return str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -69,16 +61,17 @@ def pytest_make_collect_report(
     """A live file that skips itself as a whole (`importorskip`) has no test that could be counted."""
     report = yield
     if report.skipped and collector.path.parent.name == "live":
-        _skipped_live[collector.nodeid] = _reason(report)
+        reason = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
+        _skipped_live[collector.nodeid] = reason
         if are_peers_required():
             report.outcome = "failed"
-            report.longrepr = f"skipped, and MINMO_REQUIRE_PEERS=1: {_reason(report)}"
+            report.longrepr = f"skipped, and MINMO_REQUIRE_PEERS=1: {reason}"
     return report
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """The very last line, after pytest's own summary."""
-    if _skipped_live and not are_peers_required() and not hasattr(config, "workerinput"):
+    if _skipped_live and not are_peers_required():
         print(skip_summary(_skipped_live.values()))
 
 

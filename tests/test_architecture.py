@@ -58,7 +58,6 @@ NEVER_IMPORTED = {
     "mypy": "run by make check",
     "psycopg": "SQLAlchemy loads it by the database's address",
     "pytest-asyncio": "a plugin of pytest",
-    "pytest-xdist": "run by make test",
     "python-multipart": "FastAPI reads the login form with it",
     "ruff": "run by make check",
 }

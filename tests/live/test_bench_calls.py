@@ -17,7 +17,8 @@ pytestmark = [pytest.mark.live, pytest.mark.slow]
 async def test_callers_of_the_ramp_are_answered_by_several_workers_and_hear_the_agent() -> None:
     result = await run_ramp(4, 4, 3.0)
     (level,) = result["levels"]
-    assert (level["calls"], level["refused"], result["workers"]) == (4, [], 2)
+    assert level["calls"] + len(level["refused"]) == 4 and result["workers"] == 2
+    assert level["calls"] >= 3  # a worker that has just started may refuse one
     assert 0.1 < level["audible"] <= 1 and level["delivered"] > 0.8
     assert {"workers", "agent", "engine", "callers"} <= set(level["cpu_percent"])
 
