@@ -7,6 +7,8 @@ BIN := .venv/bin
 # One thread per process: two torch threads on a shared pair of cores are slower than one (facts measured it).
 export OMP_NUM_THREADS ?= 1
 export PYTHONUNBUFFERED := 1
+# A start reads some 150 of our modules: without their bytecode each process compiles them anew, a second of a core.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo serve test check bench peers venv venv-dev venv-train clean
@@ -25,8 +27,13 @@ demo: venv
 serve: venv
 	@$(BIN)/minmo serve
 
+LIVE = $(shell grep -rl "mark.live" tests --include="test_*.py")
 test: venv-dev
-	@$(BIN)/python -m pytest
+# Calls are mostly waiting: more at a time than there are cores, live ones in groups (tests/conftest.py).
+	@failed=0; \
+	$(BIN)/python -m pytest -m "not live" -n 4 --dist worksteal || failed=1; \
+	$(BIN)/python -m pytest $(LIVE) -m live -n 4 --dist loadfile --no-loadscope-reorder || failed=1; \
+	exit $$failed
 
 check: venv-dev
 	$(BIN)/ruff format --check .
@@ -40,7 +47,7 @@ bench: venv
 
 peers:
 	apt-get update
-	apt-get install -y --no-install-recommends baresip-core sip-tester sipsak kamailio coturn chromium fonts-liberation postgresql libspeexdsp1
+	apt-get install -y --no-install-recommends baresip-core sip-tester sipsak kamailio kamailio-tls-modules coturn chromium fonts-liberation postgresql libspeexdsp1
 
 venv venv-dev venv-train: setup_python
 	@$(SETUP) scripts/setup_venv.py $(if $(filter venv,$@),run,$(subst venv-,,$@))

@@ -25,7 +25,7 @@ from storage import show
 from storage.entries import StorageError, UnknownCall
 
 if TYPE_CHECKING:
-    from agent.supervisor.auth import Door
+    from agent.supervisor.auth import Door, Right
     from storage.config import StorageConfig
 
 SHIPPED_CONFIG = Path(__file__).resolve().parent.parent / "config.toml"
@@ -49,6 +49,12 @@ ConfigFile = Annotated[
 Profile = Annotated[str, typer.Option("--profile", help="Another model: `minmo models list` names them.")]
 Names = Annotated[list[str] | None, typer.Argument(help="Profiles or sources; public = what minmo-8b needs.")]
 Accept = Annotated[bool, typer.Option("--accept-licence", help="I have read the licences and accept them.")]
+Rights = Annotated[
+    str,
+    typer.Option(
+        help="Of listen, playback, hang_up, pause_recording, export, call, dial; with commas. Seeing calls needs none."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -156,11 +162,18 @@ def dial_command(
 
 
 @app.command()
-def doctor(config: ConfigFile = None, as_json: AsJson = False, profile: Profile = "") -> None:
-    """What is installed, loaded and free; which bridges stand and why."""
+def doctor(
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+    profile: Profile = "",
+    running: Annotated[bool, typer.Option("--running", help="Ask the agent that runs: would it take a call?")] = False,
+) -> None:
+    """What is installed, loaded and free; which bridges stand and why. Exit 1 where something is at fault."""
     from agent.doctor import State, examine
+    from agent.doctor_running import examine_running_agent
 
-    findings = examine(with_profile(settings(config), profile))
+    known = with_profile(settings(config), profile)
+    findings = examine_running_agent(known) if running else examine(known)
     if as_json:
         typer.echo(json.dumps([{"name": f.name, "state": f.state, "text": f.text} for f in findings], indent=2))
     else:
@@ -223,7 +236,7 @@ def lab(context: typer.Context) -> None:
 def bench(
     parts: Annotated[
         list[str] | None,
-        typer.Argument(help="model, media; default: both. engine, parents, gpu: one, with its options"),
+        typer.Argument(help="model, media; default: both. engine, parents, gpu, soak: one, with its options"),
     ] = None,
     config: ConfigFile = None,
 ) -> None:
@@ -431,6 +444,29 @@ def db_verify(config: ConfigFile = None) -> None:
     raise typer.Exit(verdict["broken_at_id"] is not None)
 
 
+@db.command(name="answers")
+def db_answers(
+    since: Annotated[datetime | None, typer.Option(help="Calls found out from then on (UTC).")] = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Who answered the calls we placed (a person, a voicemail, ...), by how long it took to find out."""
+    from_utc = since.replace(tzinfo=UTC) if since else None
+    rows = show.answers(settings(config).storage, since=from_utc)
+    if as_json:
+        typer.echo(show.as_json(rows))
+        return
+    bounds = [each["up_to_ms"] for each in rows[0]["bins"]] if rows else []
+    heads = " ".join(f"{'<=' + format(each / 1000, 'g') if each else 'more':>5}" for each in bounds)
+    typer.echo(f"{'first verdict':<16} {'calls':>5} {'final':>5} {'p50 ms':>7} {'p95 ms':>7}  {heads} s")
+    for row in rows:
+        times = [f"{row[name]:.0f}" if row[name] is not None else "-" for name in ("p50_ms", "p95_ms")]
+        counts = " ".join(f"{each['n']:>5}" for each in row["bins"])
+        typer.echo(
+            f"{row['kind']:<16} {row['num_first']:>5} {row['num_final']:>5} {times[0]:>7} {times[1]:>7}  {counts}"
+        )
+
+
 @db.command(name="security")
 def db_security(
     kind: Annotated[str, typer.Option(help="Only of this kind, e.g. unlisted_source, flood, malformed.")] = "",
@@ -455,21 +491,21 @@ def db_security(
 @access.command(name="add")
 def access_add(
     name: Annotated[str, typer.Argument(help="a-z, 0-9 and _; stands in the audit.")],
-    rights: Annotated[
-        str, typer.Option(help="Of listen, hang_up, recording, export, call, dial; with commas. Seeing needs none.")
-    ] = "",
+    rights: Rights = "",
     config: ConfigFile = None,
 ) -> None:
     """A token for one more person, shown this once; for one who has a token already, a new one."""
-    from agent.supervisor.auth import Right
-
-    wanted = [right.strip() for right in rights.split(",") if right.strip()]
-    if unknown := set(wanted) - set(Right):
-        fail(f"--rights {', '.join(sorted(unknown))}: must be of {', '.join(Right)}")
     try:
-        typer.echo(_door(config).add_person(name, frozenset(Right(right) for right in wanted)))
+        typer.echo(_door(config).add_person(name, _rights(rights)))
     except ValueError as error:
         fail(str(error))
+
+
+@access.command(name="change")
+def access_change(name: Annotated[str, typer.Argument()], rights: Rights = "", config: ConfigFile = None) -> None:
+    """From now on a person has these rights and no others; the token stays."""
+    if not _door(config).change_rights(name, _rights(rights)):
+        fail(f"there is no {name!r}")
 
 
 @access.command(name="remove")
@@ -484,6 +520,15 @@ def access_list(config: ConfigFile = None) -> None:
     """Everybody who may sign in, with the rights."""
     for person in _door(config).people():
         typer.echo(f"{person.name}  {', '.join(sorted(person.rights))}")
+
+
+def _rights(words: str) -> frozenset[Right]:
+    from agent.supervisor.auth import Right
+
+    wanted = {right.strip() for right in words.split(",") if right.strip()}
+    if unknown := wanted - set(Right):
+        fail(f"--rights {', '.join(sorted(unknown))}: must be of {', '.join(Right)}")
+    return frozenset(Right(right) for right in wanted)
 
 
 def _door(config: Path | None) -> Door:

@@ -28,6 +28,8 @@ from agent.dial_socket import serve as serve_dialling
 from agent.engine_link import EngineLink
 from agent.events import ShutDown
 from agent.live_call import utc_now
+from agent.loop_watch import LoopWatch
+from agent.monitor import AgentStatus
 from agent.outbound import Dialler
 from agent.prompts.lines import LineBook
 from agent.reception import Reception
@@ -44,6 +46,7 @@ from policies.engine import PolicyEngine
 from storage.calls import CallStore
 from telephony.client import WorkerClient, WorkerLost
 from telephony.config import TelephonyConfig
+from telephony.holdings import told
 from telephony.webrtc.config import media_config
 from telephony.wire import SecurityEvent
 
@@ -61,6 +64,7 @@ class AgentProcess:
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="agent-writer")
         self.engines = EngineLink(run_folder / ENGINE_SOCKET)
         self.reception = self._open_reception()
+        self.loop_watch = LoopWatch(config.agent.loop_stall_s)
         self._draining, self._ending = asyncio.Event(), asyncio.Event()
 
     def _open_reception(self) -> Reception:
@@ -84,6 +88,9 @@ class AgentProcess:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.on_signal)
+        loop.add_signal_handler(signal.SIGUSR1, self.tell_holdings)
+        self.loop_watch.start()
+        self.reception.monitor.tell_status = self.status
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._serve_workers(group), name="agent/workers")
@@ -100,6 +107,7 @@ class AgentProcess:
                 raise _AgentOver  # and with it every task that is left
         except* _AgentOver:
             pass
+        self.loop_watch.stop()
         await self.reception.close_what_is_left()
         await self.engines.close()
         self.writer.shutdown()
@@ -109,6 +117,27 @@ class AgentProcess:
         if self._draining.is_set():
             self._ending.set()
         self._draining.set()
+
+    def tell_holdings(self) -> None:
+        """What this process holds, for whoever looks for a leak (agent/bench_soak.py)."""
+        counts = {
+            "tasks": len(asyncio.all_tasks()),
+            "calls": len(self.reception.calls),
+            "open_records": self.store.num_open,
+        }
+        print(told(counts | {"streams": self.engines.num_open_streams}), flush=True)
+
+    def status(self) -> AgentStatus:
+        """For whoever asks whether calls can be taken (agent/readiness.py)."""
+        return AgentStatus(
+            num_calls=len(self.reception.calls),
+            max_calls=self.config.runtime.max_streams,
+            is_closing=self.reception.is_closing,
+            is_engine_connected=self.engines.is_connected,
+            num_workers=len(self.reception.workers.clients),
+            worst_lag_ms=round(1_000 * self.loop_watch.worst_lag_s, 1),
+            num_stalls=self.loop_watch.num_stalls,
+        )
 
     async def _last_calls(self) -> None:
         """Until the last call has ended by itself; those that are left when the end is wanted are ended."""

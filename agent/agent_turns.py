@@ -21,11 +21,14 @@ class State(StrEnum):
     SPEAKING = "speaking"
     PROTECTED = "protected"
     OVERLAP = "overlap"
+    UNATTENDED = "unattended"  # a machine has answered our call: nobody hears us, nothing is said
     CLOSING = "closing"
     CLOSED = "closed"
 
 
-_OPEN = frozenset({State.LISTENING, State.THINKING, State.SPEAKING, State.PROTECTED, State.CLOSING, State.CLOSED})
+_OPEN = frozenset(
+    {State.LISTENING, State.THINKING, State.SPEAKING, State.PROTECTED, State.UNATTENDED, State.CLOSING, State.CLOSED}
+)
 NEXT: dict[State, frozenset[State]] = {
     State.WAITING: _OPEN,
     State.LISTENING: _OPEN,
@@ -33,6 +36,7 @@ NEXT: dict[State, frozenset[State]] = {
     State.SPEAKING: _OPEN | {State.OVERLAP},
     State.PROTECTED: _OPEN,
     State.OVERLAP: _OPEN,
+    State.UNATTENDED: _OPEN,
     State.CLOSING: frozenset({State.CLOSING, State.CLOSED}),
     State.CLOSED: frozenset(),
 }

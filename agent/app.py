@@ -21,6 +21,7 @@ import os
 import shutil
 import signal
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -72,6 +73,7 @@ class Stack:
         self.children: dict[str, Child] = {}
         self.num_sip_workers = 1
         self.failed: asyncio.Future[None] | None = None
+        self.on_line: Callable[[str, str], None] = lambda who, line: log.debug("%s: %s", who, line)  # what a child says
         self._keepers: list[asyncio.Task[None]] = []
 
     # ------------------------------------------------------------------------- start
@@ -110,7 +112,7 @@ class Stack:
         return f"{scheme}://{self.config.web.host}:{self.config.web.port}/"
 
     def _begin(self, name: str, spec: ChildSpec) -> None:
-        child = self.children[name] = Child(spec, on_line=lambda who, line: log.debug("%s: %s", who, line))
+        child = self.children[name] = Child(spec, on_line=lambda who, line: self.on_line(who, line))
         keeper = asyncio.create_task(child.keep_running(), name=f"parent/{name}")
         keeper.add_done_callback(self._on_keeper_done)
         self._keepers.append(keeper)
@@ -178,8 +180,8 @@ class Stack:
         threads = str(self.config.runtime.num_threads)
         return ChildSpec("engine", command, {"OMP_NUM_THREADS": threads}, is_ready=lambda line: line == "ready")
 
-    def _telephony(self, apology: Path) -> dict[str, Any]:
-        telephony = dataclasses.asdict(self.config.telephony)
+    def _telephony(self, apology: Path, index: int = 0) -> dict[str, Any]:
+        telephony = dataclasses.asdict(self.config.telephony.of_worker(index))
         if not telephony["apology_wav"] and apology.is_file():
             telephony["apology_wav"] = str(apology.absolute())
         return telephony
@@ -206,11 +208,7 @@ class Stack:
             self._begin(f"worker-{index}", self._worker_spec(apology, index))
 
     def _worker_spec(self, apology: Path, index: int) -> ChildSpec:
-        telephony = self._telephony(apology)
-        telephony["sip_port"] += index
-        telephony["is_registrar"] = telephony["is_registrar"] and index == 0  # exactly one (RFC 3261 §10)
-        if telephony["rtp_port_first"]:
-            telephony["rtp_port_first"] += index * 2 * (self.config.telephony.max_calls + 1)
+        telephony = self._telephony(apology, index)
         command = (
             "-m", "telephony.worker", "--socket", str(self.run_folder / media_socket(index)),
             "--config", json.dumps(telephony), "--parent-pid", str(os.getpid()),

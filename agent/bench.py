@@ -1,7 +1,7 @@
 """`minmo bench [model] [media]`: what the model costs and how steady the media are; the last line is one JSON object.
 `minmo bench engine|parents|gpu [options]` runs one of minmo_runtime's benches with its own options, e.g.
 `minmo bench engine --profile minmo-8b --random-weights --calls 1,8,32,64,128,256`; so does `minmo bench media
---ramp|--browsers|--delay ...`.
+--ramp|--browsers|--delay ...`, and `minmo bench soak`: does anything grow with the calls (agent/bench_soak.py).
 
 Each part runs in a process of its own, because frame gaps must not be measured beside torch's threads. The parts stand
 in minmo_runtime/bench (real-time factors, first audio) and agent/bench_media.py (frame gaps under load).
@@ -23,7 +23,9 @@ MODULES = {
     "engine": "minmo_runtime.bench.engine",
     "parents": "minmo_runtime.bench.parents",
     "gpu": "minmo_runtime.bench.gpu",
+    "answers": "agent.bench_answers",
     "media": "agent.bench_media",
+    "soak": "agent.bench_soak",
 }
 
 

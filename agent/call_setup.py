@@ -29,6 +29,7 @@ class CallSetup:
     tools: tuple[str, ...]
     turn_taking: TurnTakingConfig = field(default_factory=TurnTakingConfig)
     digit_timeout_s: float = 4.0
+    send_keys_cooldown_s: float = 3.0
     rendered: Mapping[str, bytes] = field(default_factory=dict)  # sentence -> audio made before the call
     rendered_rate_hz: int = 24_000
     seed: int = 0

@@ -236,6 +236,7 @@ def _caller_config(uri: str, from_user: str) -> TelephonyConfig:
     return TelephonyConfig(
         sip_bind=bind, sip_port=0, max_calls=1, outbound_hosts=(host,), from_user=from_user or "caller",
         allowed_sources=("127.0.0.0/8",), user_agent="MinMo-caller", drain_s=0.0,
+        comfort_noise_dbov=0,  # what it plays is all there is to hear: figures are taken from it
     )  # fmt: skip
 
 

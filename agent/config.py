@@ -50,11 +50,20 @@ class AgentConfig:
     digit_timeout_s: float = 4.0
     """Pause between two keys that closes a number typed on the keypad, 1-20 s."""
 
+    send_keys_cooldown_s: float = 3.0
+    """After a row of keys that the tool send_keys has pressed, none is pressed for so long, 0-60 s."""
+
     log_level: str = "info"
     """debug | info | warning | error."""
 
+    loop_stall_s: float = 0.5
+    """Every call waits while one function holds the agent's event loop: after this long it is named in the log,
+    0.1-60."""
+
     def __post_init__(self) -> None:
-        _in_range("agent", self, digit_timeout_s=(1.0, 20.0))
+        _in_range(
+            "agent", self, digit_timeout_s=(1.0, 20.0), send_keys_cooldown_s=(0.0, 60.0), loop_stall_s=(0.1, 60.0)
+        )
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise ConfigError(f"agent.log_level = {self.log_level!r}: must be debug, info, warning or error")
 

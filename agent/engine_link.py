@@ -42,6 +42,10 @@ class EngineLink:
     def is_connected(self) -> bool:
         return self._client is not None and not self._client.is_lost
 
+    @property
+    def num_open_streams(self) -> int:
+        return self._client.num_held if self._client is not None else 0
+
     async def close(self) -> None:
         if self._client is not None:
             await self._client.close()

@@ -18,6 +18,8 @@ from policies.engine import PolicyEngine
 from policies.facts import CallFacts
 from telephony import leg as tel
 
+PROGRESS_EVERY_S = 6.0  # less than turn_taking.reprompt_after_s
+
 
 @dataclass
 class Escalation:
@@ -28,6 +30,7 @@ class Escalation:
     is_warm: bool = False  # the person is called and told first
     is_under_way: bool = False  # and no outcome yet
     has_callback: bool = False
+    _told_at: float | None = None  # when the caller last heard that somebody is called
     _announcing: str = ""  # the turn that announces the transfer
 
     def line_for(self, text: str, confidence: float) -> str:
@@ -71,11 +74,22 @@ class Escalation:
     def refer(self) -> None:
         if self.is_under_way:  # the caller asked again while the person's telephone rings
             return
-        self.is_under_way = True
+        self.is_under_way, self._told_at = True, None
         if self.is_warm:
             self.context.add(CallPerson(self.refer_to))
         else:
             self.context.add(tel.Refer(leg_id=self.context.leg_id, refer_to=self.refer_to))
+
+    def is_progress_due(self, now: float) -> bool:
+        """The exchange takes its time with our REFER, or the worker calls the target itself: not in silence. In a warm
+        hand-off the shell says so (PersonRinging)."""
+        if not self.is_under_way or self.is_warm:
+            return False
+        self._told_at = now if self._told_at is None else self._told_at
+        if now - self._told_at < PROGRESS_EVERY_S:
+            return False
+        self._told_at = now
+        return True
 
     def referred(self, event: tel.ReferResult) -> str:
         """The line to say; "" when the caller has been taken over."""
@@ -84,6 +98,11 @@ class Escalation:
         if 200 <= event.sip_status < 300:
             return ""
         return self.callback_line(f"transfer refused: {event.sip_status} {event.reason}")
+
+    def left(self, event: tel.ReferResult) -> None:
+        """The caller went before the outcome was told."""
+        self.is_under_way = False
+        self.context.journal("refer_result", sip_status=event.sip_status, reason=event.reason, target=self.refer_to)
 
     def _to_person(self, decision: EscalationDecision) -> str:
         if decision.action == "transfer" and decision.refer_to:

@@ -45,9 +45,9 @@ class TurnTakingConfig:
     """Voiced audio, beyond the leg's own debounced onset, that ducks the agent, 0-0.5."""
     pause_after_s: float = 0.3
     """Overlap after which the ducked agent holds at the sample, unless the prediction says backchannel, 0.1-1."""
-    decide_min_s: float = 0.3
+    decide_min_s: float = 0.5
     """Earliest decision about an overlap, 0.1-1."""
-    decide_max_s: float = 0.7
+    decide_max_s: float = 0.9
     """Latest decision about an overlap, 0.3-2; more than decide_min_s."""
     interrupt_probability: float = 0.5
     """P(interrupt) from which an overlap is an interruption before decide_max_s, 0-1."""
@@ -131,6 +131,19 @@ class Answered:
 
 
 @dataclass(frozen=True)
+class MachineAnswered:
+    """Nobody hears us: a machine speaks. Everything is cut, what is protected from people too, and nothing is said
+    until `LinesWanted`."""
+
+
+@dataclass(frozen=True)
+class LinesWanted:
+    """Now, and in this order: a machine records, or a person has come to the telephone. What was being said ends."""
+
+    lines: tuple[LineWanted, ...]
+
+
+@dataclass(frozen=True)
 class CallerAudio:
     """A piece of caller audio, echo removed, judged voiced or not."""
 
@@ -203,10 +216,19 @@ class Tick:
     pass
 
 
+@dataclass(frozen=True)
+class OnHold:
+    """Nobody hears us; the time told with every event stands still meanwhile. `held_s`: so far, in all."""
+
+    held_s: float
+
+
 Event = (
     LineWanted
     | Ringing
     | Answered
+    | MachineAnswered
+    | LinesWanted
     | CallerAudio
     | CallerWords
     | Predicted
@@ -217,6 +239,7 @@ Event = (
     | HangUpWanted
     | Gone
     | Tick
+    | OnHold
 )
 EVENT_TYPES: tuple[type, ...] = Event.__args__
 

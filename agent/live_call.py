@@ -7,6 +7,7 @@ out in order. One task group per call; ending the call ends every task of it. De
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime as dt
 import logging
 import uuid
@@ -88,6 +89,7 @@ class LiveCall:
         except* _CallOver:
             pass
         finally:
+            await self._close_stream()
             await self._drain()
 
     @property
@@ -231,7 +233,13 @@ class LiveCall:
             await self._command(tel.Reject(leg_id=self.call.leg_id, sip_status=503, retry_after_s=5))
             return
         self._runtime = runtime
-        self._spawn("runtime", self._read_runtime(runtime))
+        await self._read_runtime(runtime)  # in this task: one that is cancelled before it starts would never read
+
+    async def _close_stream(self) -> None:
+        """Once more: the engine may have opened it after the call's own end was decided. Idempotent."""
+        if self._runtime is not None:
+            with contextlib.suppress(api.StreamLost):
+                await self._runtime.send(api.CloseStream(call_id=self.call.call_id))
 
     async def _read_runtime(self, runtime: api.Runtime) -> None:
         try:

@@ -3,7 +3,8 @@
 All positions are samples of the leg's clock, which counts both directions alike; the model's and the agent's own
 timers are never asked. Figures (milliseconds): `first_word_ms` ACK -> first agent sound; `voice_to_voice_ms` end
 of the caller's speech -> first sound of the answer; `duck_ms` caller's onset -> agent 12 dB quieter; `stop_ms`
-caller's onset -> agent's last sound, for a turn that was cut; `pause_ms` the same for one that was resumed.
+caller's onset -> agent's last sound, for a turn that was cut; `pause_ms` the same for one that was resumed. Calls that
+we place have `answer_decision_ms` too (callee_side.py).
 Definitions: docs/evaluation.md. Beside them stands what the runtime counts of its own work (`EngineCounts`). Pure.
 """
 
@@ -14,9 +15,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minmo_runtime.api import ContextReused, DraftEnded, JobOverran
-from telephony.leg import WireMetric
+from telephony.leg import EchoMeasured, WireMetric
 
 Figure = dict[str, Any]  # arguments of CallStore.add_metric
+
+
+def echo_figures(event: EchoMeasured) -> list[Figure]:
+    """Of the whole call: the line's echo (ITU-T G.168)."""
+    values = {"echo_return_loss_db": event.return_loss_db, "echo_delay_ms": event.delay_ms}
+    if event.verdict != "unclear":  # what is left may be the caller's voice
+        values["echo_enhancement_db"] = event.enhancement_db
+    return [{"turn_id": "", "name": name, "value": value} for name, value in values.items()]
 
 
 @dataclass
@@ -33,10 +42,19 @@ class WireTimes:
     _overlap_turn: str = ""
     _held_ms: float | None = None  # the agent fell silent in an overlap that is not decided yet
 
+    @property
+    def answered_sample(self) -> int:
+        """Where the ACK stands on the leg's clock, as far as it was told; a leg's first sample is close to it."""
+        return self._answered or 0
+
     def cut(self, turn_id: str) -> list[Figure]:
         """The floor was lost to the caller in this turn: its last sound, before or after now, is a stop."""
         self._cut_turns.add(turn_id)
         return self._decided("stop_ms") if turn_id == self._overlap_turn else []
+
+    def on_hold(self) -> None:
+        """A hold began or ended: a figure across it would measure the hold."""
+        self._caller_onset = self._caller_offset = self._early_onset = self._held_ms = None
 
     def resumed(self) -> list[Figure]:
         """The overlap was no interruption: a silence of the agent in it was a pause."""
@@ -114,6 +132,32 @@ class WireTimes:
 
     def _to_ms(self, num_samples: int) -> float:
         return round(1000 * num_samples / self.sample_rate_hz, 1)
+
+
+@dataclass
+class OverlapCounts:
+    """Voices over the agent that were no bid for the floor: it went on. Where it had already fallen silent, that was a
+    phantom pause: the caller heard it stop for nothing."""
+
+    num_resumed: int = 0
+    num_phantom_pauses: int = 0
+    _is_paused: bool = False
+
+    def paused(self) -> None:
+        self._is_paused = True
+
+    def cut(self) -> None:
+        """It was a bid for the floor after all."""
+        self._is_paused = False
+
+    def resumed(self) -> None:
+        self.num_resumed += 1
+        self.num_phantom_pauses += self._is_paused
+        self._is_paused = False
+
+    def figures(self) -> list[Figure]:
+        values = {"overlaps_resumed": self.num_resumed, "phantom_pauses": self.num_phantom_pauses}
+        return [{"turn_id": "", "name": name, "value": value, "source": "floor"} for name, value in values.items()]
 
 
 @dataclass

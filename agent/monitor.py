@@ -1,10 +1,10 @@
-"""What a supervisor does to a running call, in the agent process: hear it, end it, pause its recording. The page's
-server asks over a Unix socket of the run folder (mode 0700); whether the person may, and that it is audited, is decided
-there.
+"""What a supervisor does to a running call, in the agent process: hear it, end it, pause its recording; and how the
+agent itself is. The page's server asks over a Unix socket of the run folder (mode 0700); whether the person may, and
+that it is audited, is decided there.
 
 Hearing is a tap: it reads what crossed the wire in both directions and can neither change nor delay it; a listener who
 is slow loses the oldest second, nobody else notices. Messages are msgpack behind a 4-byte length; the page's end is
-`listen`, `hang_up` and `keep_recording`.
+`listen`, `hang_up`, `keep_recording` and `agent_status`.
 """
 
 from __future__ import annotations
@@ -40,6 +40,22 @@ class KeepRecording(msgspec.Struct, frozen=True, tag=True):
     by: str
 
 
+class TellStatus(msgspec.Struct, frozen=True, tag=True):
+    """How are you?"""
+
+
+class AgentStatus(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """The agent process at this moment; that it answers shows that its loop turns."""
+
+    num_calls: int = 0
+    max_calls: int = 0
+    is_closing: bool = False  # takes no new calls
+    is_engine_connected: bool = False
+    num_workers: int = 0  # media workers for SIP that it is connected to
+    worst_lag_ms: float = 0.0  # of its loop, in the last minute
+    num_stalls: int = 0  # since it started
+
+
 class Listening(msgspec.Struct, frozen=True, tag=True):
     sample_rate_hz: int
 
@@ -60,8 +76,8 @@ class NoSuchCall(msgspec.Struct, frozen=True, tag=True):
     """It is not running here."""
 
 
-Ask = Listen | HangUp | KeepRecording
-Told = Listening | Heard | Done | NoSuchCall
+Ask = Listen | HangUp | KeepRecording | TellStatus
+Told = Listening | Heard | Done | NoSuchCall | AgentStatus
 
 _encoder = msgspec.msgpack.Encoder()
 _asks: msgspec.msgpack.Decoder[Ask] = msgspec.msgpack.Decoder(Ask)
@@ -84,6 +100,7 @@ class Monitor:
 
     def __init__(self, calls: Mapping[str, RunningCall]) -> None:
         self._calls = calls
+        self.tell_status: Callable[[], AgentStatus] = AgentStatus  # set by whoever knows (agent/agent_process.py)
         self._listeners: dict[str, set[asyncio.Queue[Heard | None]]] = {}
 
     def tap(self, call_id: str) -> Callable[[int, bytes, bytes], None]:
@@ -108,19 +125,27 @@ class Monitor:
         with contextlib.suppress(OSError, ValueError, msgspec.DecodeError, asyncio.IncompleteReadError):
             async with asyncio.timeout(ANSWER_WITHIN_S):
                 ask = _asks.decode(await _read(reader))
-            call = self._calls.get(ask.call_id)
-            if call is None:
-                writer.write(_framed(NoSuchCall()))
-            elif isinstance(ask, HangUp):
-                call.hang_up("supervisor")
-                writer.write(_framed(Done()))
-            elif isinstance(ask, KeepRecording):
-                call.keep_recording(ask.is_kept, ask.by)
-                writer.write(_framed(Done()))
+            if isinstance(ask, TellStatus):
+                writer.write(_framed(self.tell_status()))
             else:
-                await self._let_listen(ask.call_id, call, reader, writer)
+                await self._serve(ask, reader, writer)
             await writer.drain()
         writer.close()
+
+    async def _serve(
+        self, ask: Listen | HangUp | KeepRecording, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        call = self._calls.get(ask.call_id)
+        if call is None:
+            writer.write(_framed(NoSuchCall()))
+        elif isinstance(ask, HangUp):
+            call.hang_up("supervisor")
+            writer.write(_framed(Done()))
+        elif isinstance(ask, KeepRecording):
+            call.keep_recording(ask.is_kept, ask.by)
+            writer.write(_framed(Done()))
+        else:
+            await self._let_listen(ask.call_id, call, reader, writer)
 
     async def _let_listen(
         self, call_id: str, call: RunningCall, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -159,7 +184,16 @@ async def keep_recording(path: Path, call_id: str, is_kept: bool, by: str) -> No
     await _do(path, KeepRecording(call_id, is_kept, by))
 
 
-async def _do(path: Path, ask: Ask) -> None:
+async def agent_status(path: Path) -> AgentStatus:
+    """Raises NotRunning; does not return while the agent's loop stands still: the caller bounds it."""
+    async with _connection(path, TellStatus()) as reader:
+        told = _tolds.decode(await _read(reader))
+    if not isinstance(told, AgentStatus):
+        raise NotRunning("the agent answered something else")
+    return told
+
+
+async def _do(path: Path, ask: HangUp | KeepRecording) -> None:
     async with _connection(path, ask) as reader:
         if not isinstance(_tolds.decode(await _read(reader)), Done):
             raise NotRunning(ask.call_id)

@@ -162,7 +162,7 @@ class Dialler:
             raise CallRefused("every line is in use")
         return await client.place_call(
             wanted.uri, number=wanted.number, trunks=decision.trunks, from_user=decision.caller_id,
-            display_name=decision.display_name, leg_id=leg_id,
+            display_name=decision.display_name, leg_id=leg_id, detects_answer=True,
         )  # fmt: skip
 
     async def _is_known(self, call_id: str) -> bool:

@@ -50,14 +50,17 @@ class RawPeer:
     def sdp(self, formats: tuple[str, str] = PCMU) -> str:
         return SDP.format(port=self.media.getsockname()[1], formats=formats[0], attributes=formats[1])
 
-    def respond(self, request: str, status: str, body: str = "") -> None:
+    def respond(self, request: str, status: str, body: str = "", headers: str = "") -> None:
         """Answer a request with its own Via, From, To, Call-ID and CSeq."""
         copied = [line for line in request.splitlines() if re.match(r"(Via|From|To|Call-ID|CSeq):", line)]
         copied = [
             f"{line};tag={self.tag}" if line.startswith("To:") and "tag=" not in line else line for line in copied
         ]
         self._send(
-            f"SIP/2.0 {status}\r\n" + "\r\n".join(copied) + f"\r\nContact: <sip:raw@127.0.0.1:{self.port}>\r\n", body
+            f"SIP/2.0 {status}\r\n"
+            + "\r\n".join(copied)
+            + f"\r\nContact: <sip:raw@127.0.0.1:{self.port}>\r\n{headers}",
+            body,
         )
 
     def receive(self, start: str) -> str:

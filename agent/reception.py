@@ -111,6 +111,7 @@ class Reception:
             started_at=utc_now(),
             trunk=incoming.trunk,
             is_number_withheld=incoming.is_withheld,
+            is_number_asserted=bool(incoming.asserted_identity),
             headers={name: value for name, value in incoming.headers.items() if name.lower().startswith("x-")},
         )
         admission = self.policy.admit(facts, self.num_busy, self.config.runtime.max_streams)
@@ -136,14 +137,21 @@ class Reception:
 
     async def _begin(self, leg: WorkerLeg, incoming: tel.LegIncoming, facts: CallFacts, campaign: Campaign) -> None:
         try:
-            await self._write(lambda: self._open(
-                leg, facts, campaign, did=incoming.did, ani=incoming.ani, source_address=incoming.source_address,
-                display_name=incoming.display_name[:200],
-            ))  # fmt: skip
+            await self._write(lambda: self._open_inbound(leg, incoming, facts, campaign))
         except StorageFull as error:
             await self._refuse(leg, 503, self.config.policies.retry_after_s, str(error))
             return
         await self._run(self._live_call(leg, facts, campaign))
+
+    def _open_inbound(self, leg: WorkerLeg, incoming: tel.LegIncoming, facts: CallFacts, campaign: Campaign) -> None:
+        self._open(
+            leg, facts, campaign, did=incoming.did, ani=incoming.ani, source_address=incoming.source_address,
+            display_name=incoming.display_name[:200],
+        )  # fmt: skip
+        self.store.note_line(
+            facts.call_id, trunk=facts.trunk, is_withheld=facts.is_number_withheld,
+            is_asserted=facts.is_number_asserted, headers=self.policy.named_headers(facts), now=facts.started_at,
+        )  # fmt: skip
 
     async def open_outbound(
         self, leg: TakenLeg, facts: CallFacts, campaign: Campaign, *, party: str, caller_id: str, source: str
@@ -196,11 +204,12 @@ class Reception:
             sample_rate_hz=leg.sample_rate_hz,
             facts=facts,
             policy=self.policy,
-            lines=self.book.for_call(campaign.lines),
+            lines=self.book.for_call(campaign.lines, self.policy.claims(facts)),
             order_digits=campaign.order_digits,
             tools=campaign.tools,
             turn_taking=self.config.turn_taking,
             digit_timeout_s=self.config.agent.digit_timeout_s,
+            send_keys_cooldown_s=self.config.agent.send_keys_cooldown_s,
             rendered=self.rendered,
             rendered_rate_hz=self.rendered_rate_hz,
         )
@@ -237,9 +246,12 @@ class Reception:
             await leg.send(tel.Hangup(leg_id=leg.leg_id, cause="campaign_gone"))
             return
         did, ani = (campaign.dids[0], row["did"]) if is_outbound else (row["did"], row["ani"])
+        line = row["line"] or {"trunk": "", "is_withheld": False, "is_asserted": False, "headers": {}}
         facts = CallFacts(
-            call_id=orphan.call_id, did=did, ani=ani, direction=row["direction"], started_at=row["started_at"]
-        )
+            call_id=orphan.call_id, did=did, ani=ani, direction=row["direction"], started_at=row["started_at"],
+            trunk=line["trunk"], is_number_withheld=line["is_withheld"], is_number_asserted=line["is_asserted"],
+            headers=line["headers"],
+        )  # fmt: skip
         live = self._live_call(leg, facts, campaign)
         self.calls[orphan.call_id] = live  # now: the orphans are closed a moment from here
         self.no_calls.clear()

@@ -58,6 +58,9 @@ class RuntimeSide:
         self.is_up = True
         self.output_rate_hz = event.output_sample_rate_hz
         self.context.keep("update_call", checkpoint=event.checkpoint, bridges=list(event.bridges))
+        if event.memory_bytes:
+            held = {"turn_id": "", "name": "engine_memory_kib", "value": event.memory_bytes / 1024}
+            self.context.keep("add_metric", **held, source="runtime")
         return is_first
 
     def lost(self, reason: str) -> None:

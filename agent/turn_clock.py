@@ -1,8 +1,9 @@
 """What time alone decides about the floor: speech that is owed, a silent caller, a call that closes or lasts too long.
 
 The promises of agent/turn_taking.py, which calls these at every tick: the caller is not left in silence, and a call
-ends. Between the queue (agent/agent_turns.py) and the decisions about the caller's voice, of which it knows nothing.
-Pure; sources: users.md P8-P12.
+ends. Time stands still while the party is on hold (agent/hold_clock.py), but for the length of the call. Between the
+queue (agent/agent_turns.py) and the decisions about the caller's voice, of which it knows nothing. Pure; sources:
+users.md P8-P12, L9.
 """
 
 from __future__ import annotations
@@ -19,11 +20,23 @@ class TurnClock(AgentTurns):
     answered_at: float | None = None
     _num_reprompts: int = 0
     _hang_up_at: float | None = None
+    _held_s: float = 0.0  # not in `now`
+
+    def _on_hold(self, event: floor.OnHold, now: float) -> None:
+        """Nothing may be said; only a call that has nothing more to say, or that is too long, ends here."""
+        self._held_s = event.held_s
+        turn = self.current
+        is_done = turn is not None and self._hang_up_at is not None
+        if is_done or self._has_lasted(now):
+            self._actions.append(floor.HangUp(turn.closing_cause if is_done and turn else "max_length"))
+            self._move(State.CLOSED)
 
     def _is_too_long(self, now: float) -> bool:
-        if self.answered_at is None or self.state is State.CLOSING:
-            return False
-        return now - self.answered_at >= self.config.max_call_s
+        return self.state is not State.CLOSING and self._has_lasted(now)
+
+    def _has_lasted(self, now: float) -> bool:
+        """Holds count: they take a line."""
+        return self.answered_at is not None and now + self._held_s - self.answered_at >= self.config.max_call_s
 
     def _close_for_length(self, now: float) -> None:
         self._actions += [floor.Cut(turn.turn_id, "interrupt") for turn in self.queue]

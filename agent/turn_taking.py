@@ -19,16 +19,21 @@ Three overlaps are possible, each with its own rule:
 * caller voiced in a *protected* turn (PROTECTED) or while the call closes (CLOSING): nothing happens to the floor.
   The turn is heard in full; what the caller says is still listened to and transcribed.
 
+A call that we placed may be answered by a machine (agent/callee_side.py finds out). Then nobody hears us: UNATTENDED.
+The agent is silent, whatever it was saying, and neither answers nor asks whether somebody is there, until there is
+somebody or something to speak to.
+
 Two promises are kept by time alone. The caller is not left in silence: an owed turn that is not heard gets a filler
 after `filler_after_s` and is given up after `recover_after_s`; a silent caller is asked again, then the call closes.
-And a call ends: `max_call_s`.
+And a call ends: `max_call_s`. On hold nobody hears us: the time that `step` is told stands still, and only the length
+of the call counts on (OnHold).
 
 The states, which may follow which, and the queue are in agent/agent_turns.py; what time alone decides in
 agent/turn_clock.py; the two decisions, as arithmetic, in agent/duplex_decisions.py. Every (state, event) pair is
 answered by `_HANDLERS`; a pair that is not in it is deliberately without effect (tests/agent lists them).
 
 Sources: MinMo arXiv 2501.06282 section 3.4 (two decisions); Duplex rules of design §4a; users.md P8-P12, P16, L1, L2,
-L4.
+L4, L6, L9.
 """
 
 from __future__ import annotations
@@ -74,6 +79,23 @@ class TurnTaking(TurnClock):
     def _on_answered(self, _event: floor.Answered, now: float) -> None:
         self.answered_at = self._listening_since = now
         self._enter_current(now)
+
+    def _on_machine(self, _event: floor.Event, now: float) -> None:
+        if self.state is State.OVERLAP:
+            self._actions.append(floor.ResumePlayout())
+        self._leave_overlap()
+        self._doubtful = None
+        self._actions += [floor.Cut(turn.turn_id, "interrupt") for turn in self.queue]
+        self.queue.clear()
+        self._waiting_lines.clear()
+        self._move(State.UNATTENDED)
+
+    def _on_lines_wanted(self, event: floor.LinesWanted, now: float) -> None:
+        if self.state is not State.UNATTENDED:
+            self._on_machine(event, now)
+        self.caller = CallerTurn()
+        for line in event.lines:
+            self._take_floor(line.purpose, now, is_protected=line.is_protected)
 
     def _on_line_wanted(self, event: floor.LineWanted, now: float) -> None:
         self._waiting_lines.append(event)
@@ -328,16 +350,21 @@ _HANDLERS: dict[tuple[State, type], _Handler] = {
     (State.WAITING, floor.Answered): _T._on_answered,
     (State.WAITING, floor.HangUpWanted): _T._on_hang_up_wanted,
     (State.WAITING, floor.Gone): _T._on_gone,
-    **_in_all((*_ACTIVE, State.CLOSING), floor.Gone, _T._on_gone),
-    **_in_all((*_ACTIVE, State.CLOSING), floor.HangUpWanted, _T._on_hang_up_wanted),
-    **_in_all((*_ACTIVE, State.CLOSING), floor.Tick, _T._on_tick),
+    **_in_all((*_ACTIVE, State.UNATTENDED, State.CLOSING), floor.Gone, _T._on_gone),
+    **_in_all((*_ACTIVE, State.UNATTENDED, State.CLOSING), floor.HangUpWanted, _T._on_hang_up_wanted),
+    **_in_all((*_ACTIVE, State.UNATTENDED, State.CLOSING), floor.Tick, _T._on_tick),
+    **_in_all((*_ACTIVE, State.UNATTENDED, State.CLOSING), floor.OnHold, _T._on_hold),
+    **_in_all(_ACTIVE, floor.MachineAnswered, _T._on_machine),
+    **_in_all((*_ACTIVE, State.UNATTENDED), floor.LinesWanted, _T._on_lines_wanted),
     **_in_all((*_ACTIVE, State.CLOSING), floor.Heard, _T._on_heard),
     **_in_all(_ACTIVE, floor.PlayoutDry, _T._on_dry),
     **_in_all((*_ACTIVE, State.CLOSING), floor.TurnLost, _T._on_lost),
     **_in_all(_ACTIVE, floor.LineWanted, _T._on_line_wanted),
     **_in_all(_ACTIVE, floor.CallerWords, _T._on_words),
     **_in_all(_ACTIVE, floor.KeyPressed, _T._on_key),
-    **_in_all((State.LISTENING, State.PROTECTED, State.CLOSING), floor.CallerAudio, _T._on_audio_quietly),
+    **_in_all(
+        (State.LISTENING, State.PROTECTED, State.UNATTENDED, State.CLOSING), floor.CallerAudio, _T._on_audio_quietly
+    ),
     (State.THINKING, floor.CallerAudio): _T._on_audio_thinking,
     (State.SPEAKING, floor.CallerAudio): _T._on_audio_speaking,
     (State.OVERLAP, floor.CallerAudio): _T._on_audio_overlap,

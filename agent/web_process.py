@@ -10,6 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
+from agent.readiness import examine_running
 from agent.run_folder import DIAL_SOCKET, MONITOR_SOCKET, offer_socket, read_settings
 from agent.supervisor.serve import browser_desk, run_web
 
@@ -28,9 +29,10 @@ def main() -> None:
         config.storage,
         is_new_token_wanted=arguments.new_token,
         parent_pid=arguments.parent_pid,
-        desk=browser_desk(config.webrtc, offers, config.telephony.answer_timeout_s),
+        make_desk=lambda reader: browser_desk(config.webrtc, offers, config.telephony.answer_timeout_s, reader),
         monitor_socket=arguments.run_folder / MONITOR_SOCKET,
         dial_socket=arguments.run_folder / DIAL_SOCKET,
+        examine=lambda reader: examine_running(config, arguments.run_folder, reader),
         on_ready=lambda url: print(json.dumps({"ready": True, "url": url}), flush=True),
     )
 

@@ -104,6 +104,7 @@ class StreamOpened(Message, frozen=True):
     output_sample_rate_hz: int
     checkpoint: str
     bridges: tuple[str, ...] = ()  # which connectors a bridge stands in for: "in", "out", "duplex"
+    memory_bytes: int = 0  # what this call holds in the engine's caches, as allocated; 0 = not known
 
 
 class Caption(Message, frozen=True):
@@ -241,6 +242,10 @@ class Runtime(Protocol):
 
     async def send(self, request: RuntimeRequest) -> None:
         """Raises RuntimeOverloaded on OpenStream without room."""
+        ...
+
+    async def check(self) -> None:
+        """Returns when the runtime has shown that it works; raises when it does not. A hung one does not return."""
         ...
 
     def events(self, call_id: str) -> AsyncIterator[RuntimeEvent]:

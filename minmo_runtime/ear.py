@@ -167,9 +167,10 @@ class Ear:
             self._preroll_samples -= len(self._preroll.popleft())
 
     def _drop_surplus(self, segment: Segment) -> None:
-        """Bounded queue: a caller who speaks on while the engine is late loses the oldest audio, and it is counted."""
-        waiting = sum(len(part) for part in segment.pcm)
-        while waiting > input_samples(1000 * self.config.max_unheard_input_s):
+        """Bounded queue: a caller who speaks on while the engine is late loses this segment's oldest audio, and it is
+        counted. What closed segments still hold counts too."""
+        waiting = sum(len(part) for each in self.segments for part in each.pcm)
+        while segment.pcm and waiting > input_samples(1000 * self.config.max_unheard_input_s):
             oldest = segment.pcm.popleft()
             waiting -= len(oldest)
             segment.num_samples -= len(oldest)

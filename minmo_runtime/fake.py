@@ -27,6 +27,8 @@ from minmo_runtime.fake_stream import FakeStream
 
 __all__ = ["FakeLine", "FakeRule", "FakeRuntime", "FakeScript", "FakeStream"]
 
+MAX_REQUESTS_KEPT = 2_000
+
 
 class FakeRuntime:
     """`api.Runtime` over `FakeStream`s: one script for all calls, or one per call id."""
@@ -38,12 +40,13 @@ class FakeRuntime:
         self.scripts = scripts or {}
         self.max_streams = max_streams
         self.streams: dict[str, FakeStream] = {}
-        self.requests: list[RuntimeRequest] = []  # everything that was asked but audio: tests read it
+        self.requests: list[RuntimeRequest] = []  # what was asked but audio: tests read it
         self._queues = EventQueues()
 
     async def send(self, request: RuntimeRequest) -> None:
         if not isinstance(request, PushAudio):
             self.requests.append(request)
+            del self.requests[:-MAX_REQUESTS_KEPT]  # it also serves soaks
         match request:
             case OpenStream():
                 if request.call_id in self.streams:
@@ -71,6 +74,9 @@ class FakeRuntime:
                 for event in stream.receive(request):
                     if not self._queues.put(event) or isinstance(event, StreamFailed):
                         self.streams.pop(request.call_id, None)
+
+    async def check(self) -> None:
+        """It is here."""
 
     def events(self, call_id: str) -> AsyncIterator[RuntimeEvent]:
         return self._queues.events(call_id)

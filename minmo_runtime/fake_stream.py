@@ -11,6 +11,7 @@ import re
 from array import array
 from collections import deque
 from dataclasses import dataclass, field
+from functools import cache
 
 import msgspec
 
@@ -370,14 +371,14 @@ class _Blank(dict[str, str]):
 
 def _tone(start: int, num_samples: int, rate_hz: int) -> bytes:
     """A tone that swells and fades twice a second: voiced for any energy detector, continuous over chunks."""
-    return array(
-        "h",
-        (
-            int(
-                6000
-                * math.sin(2 * math.pi * _TONE_HZ * i / rate_hz)
-                * (0.75 + 0.25 * math.sin(4 * math.pi * i / rate_hz))
-            )
-            for i in range(start, start + num_samples)
-        ),
-    ).tobytes()
+    period, begin = _period(rate_hz), 2 * (start % rate_hz)
+    return (period * (2 + num_samples // rate_hz))[begin : begin + 2 * num_samples]
+
+
+@cache
+def _period(rate_hz: int) -> bytes:
+    """One second of it, after which it repeats."""
+    times_s = [index / rate_hz for index in range(rate_hz)]
+    swells = [0.75 + 0.25 * math.sin(4 * math.pi * time_s) for time_s in times_s]
+    tone = [6000 * math.sin(2 * math.pi * _TONE_HZ * time_s) for time_s in times_s]
+    return array("h", (int(a * b) for a, b in zip(tone, swells, strict=True))).tobytes()

@@ -62,6 +62,12 @@ class Runner:
     def chunk_fbank_frames(self) -> int:
         return self.hearing.chunk_fbank_frames
 
+    @property
+    def num_cache_bytes(self) -> int:
+        """Of all calls together, as allocated: both language models' keys and values, and the flow's window, which is
+        made with the first chunk. A call's share is the same whatever it says: nothing is allocated per turn."""
+        return self.llm_cache.num_bytes + self.sound.voice_cache.num_bytes + self.sound.flow_cache.num_bytes
+
     def free(self, slot: int) -> None:
         """The slot's stream has ended."""
         self.pool.give_back(slot)

@@ -1,8 +1,9 @@
 """The engine process: any `api.Runtime` behind a Unix socket.
 
 `python -m minmo_runtime.server --socket PATH --checkpoint DIR` loads the checkpoint, lowers its own priority (media
-goes first), prints `ready` on stdout once it accepts, and ends when its parent is gone, on SIGTERM, or with the
-socket's folder. A connection that closes takes its streams with it. It knows nothing of the agent.
+goes first), prints `ready` on stdout once it accepts, what it holds on SIGUSR1 (holdings.py), and ends when its parent
+is gone, on SIGTERM, or with the socket's folder. A connection that closes takes its streams with it. It knows nothing
+of the agent.
 """
 
 from __future__ import annotations
@@ -20,10 +21,21 @@ import msgspec
 
 from minmo_runtime.api import CloseStream, OpenStream, Runtime, RuntimeOverloaded, StreamLost
 from minmo_runtime.config import RuntimeConfig
-from minmo_runtime.wire import ProtocolError, StreamEnded, StreamRefused, decode_request, pack, read_body
+from minmo_runtime.holdings import told
+from minmo_runtime.wire import (
+    Check,
+    Checked,
+    ProtocolError,
+    StreamEnded,
+    StreamRefused,
+    decode_request,
+    pack,
+    read_body,
+)
 
 ENGINE_NICENESS = 5  # design §5: lower priority than media
 _PARENT_CHECK_S = 1.0
+_FORWARD = "forward-"  # a stream's task
 
 
 class RuntimeServer:
@@ -51,6 +63,11 @@ class RuntimeServer:
         await asyncio.gather(*self._connections, return_exceptions=True)
         self._path.unlink(missing_ok=True)
 
+    @property
+    def num_streams(self) -> int:
+        """Streams whose events are being sent."""
+        return sum(task.get_name().startswith(_FORWARD) for task in asyncio.all_tasks())
+
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
@@ -71,6 +88,9 @@ class RuntimeServer:
             while (body := await read_body(reader)) is not None:
                 request = decode_request(body)
                 call_id = request.call_id
+                if isinstance(request, Check):
+                    writer.write(pack(Checked(call_id=call_id, reason=await self._fault())))
+                    continue
                 try:
                     await self._runtime.send(request)
                 except (RuntimeOverloaded, ValueError) as error:
@@ -80,7 +100,7 @@ class RuntimeServer:
                     continue  # it failed a moment ago; StreamFailed and StreamEnded are on their way
                 if isinstance(request, OpenStream):
                     forwards = {key: task for key, task in forwards.items() if not task.done()}
-                    forwards[call_id] = asyncio.create_task(self._forward(call_id, writer), name=f"forward-{call_id}")
+                    forwards[call_id] = asyncio.create_task(self._forward(call_id, writer), name=f"{_FORWARD}{call_id}")
         except ConnectionError:
             pass  # the agent is gone, in whatever way; whoever watches it knows
         except (ProtocolError, msgspec.ValidationError, msgspec.DecodeError) as error:
@@ -92,6 +112,15 @@ class RuntimeServer:
             for task in forwards.values():
                 task.cancel()
             await asyncio.gather(*forwards.values(), return_exceptions=True)
+
+    async def _fault(self) -> str:
+        """Why the runtime does not work; empty when it does."""
+        try:
+            await self._runtime.check()
+        except Exception as error:
+            print(f"engine: not working: {type(error).__name__}: {error}", file=sys.stderr)
+            return f"{type(error).__name__}: {error}"
+        return ""
 
     async def _forward(self, call_id: str, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError):
@@ -111,11 +140,16 @@ async def serve_until_stopped(runtime: Runtime, socket_path: Path) -> None:
     parent = os.getppid()
     server = RuntimeServer(runtime, socket_path)
     await server.start()
+    loop.add_signal_handler(signal.SIGUSR1, _tell_holdings, server)
     print("ready", flush=True)
     while not stopped.is_set() and os.getppid() == parent:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stopped.wait(), _PARENT_CHECK_S)
     await server.stop()
+
+
+def _tell_holdings(server: RuntimeServer) -> None:
+    print(told({"tasks": len(asyncio.all_tasks()), "streams": server.num_streams}), flush=True)
 
 
 async def _run(arguments: argparse.Namespace) -> None:

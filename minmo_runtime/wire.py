@@ -1,4 +1,4 @@
-"""The engine's socket protocol: 4-byte big-endian length, then one msgpack message of api.py (or one of the two below).
+"""The engine's socket protocol: 4-byte big-endian length, then one msgpack message of api.py (or one of those below).
 
 Shared by server.py and client.py; knows the messages and nothing else. No pickle: msgspec refuses what is not in the
 union.
@@ -31,10 +31,21 @@ class StreamEnded(Message, frozen=True):
     """No event of this call follows."""
 
 
-WireEvent = RuntimeEvent | StreamRefused | StreamEnded
+class Check(Message, frozen=True):
+    """Does the runtime work? `call_id` names the question, no call."""
+
+
+class Checked(Message, frozen=True):
+    """Answer to Check: it does, or why not."""
+
+    reason: str = ""
+
+
+WireRequest = RuntimeRequest | Check
+WireEvent = RuntimeEvent | StreamRefused | StreamEnded | Checked
 
 _encoder = msgspec.msgpack.Encoder()
-_request_decoder: msgspec.msgpack.Decoder[RuntimeRequest] = msgspec.msgpack.Decoder(RuntimeRequest)
+_request_decoder: msgspec.msgpack.Decoder[WireRequest] = msgspec.msgpack.Decoder(WireRequest)
 _event_decoder: msgspec.msgpack.Decoder[WireEvent] = msgspec.msgpack.Decoder(WireEvent)
 
 
@@ -63,7 +74,7 @@ async def read_body(reader: asyncio.StreamReader) -> bytes | None:
         raise ConnectionError("peer closed inside a message") from error
 
 
-def decode_request(body: bytes) -> RuntimeRequest:
+def decode_request(body: bytes) -> WireRequest:
     return _request_decoder.decode(body)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from policies.caller_claims import CallerRules, caller_faults
 from policies.consent import RECORDING_MODES
 from policies.duplex_manner import DuplexManner, manner_faults
 from policies.facts import CheckpointFacts
@@ -21,9 +22,10 @@ from policies.speaking_style import StyleRules, unsupported_values
 
 TOOLS = (
     "look_up_order", "opening_hours", "change_delivery", "transfer", "hang_up", "request_callback",
-    "pause_recording", "go_on_recording",
+    "pause_recording", "go_on_recording", "send_keys",
 )  # fmt: skip
 SHIPPED_ORDER_DIGITS = 5  # as the shipped sentences say it
+EARLY_MEDIA = ("none", "notice")
 HANDOFF_MANNERS = ("blind", "warm")
 _DID = re.compile(r"\+?[0-9]{1,15}|[a-z][a-z0-9_.-]{0,63}")  # E.164, an extension, or the user part of a SIP URI
 _HANDOFF_URI = re.compile(r"(sips?:[^\s<>\"]+@[^\s<>\"]+|tel:\+?[0-9]+)")
@@ -41,6 +43,8 @@ class Campaign(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     handoff_manner: str = ""  # blind | warm; "" = handoff.manner
     outbound: OutboundRules | None = None  # whom it may call; without it nobody
     duplex: DuplexManner = DuplexManner()  # how the floor is taken and yielded
+    early_media: str = "none"  # none | notice: said before the answer, by 183; then the call is answered
+    caller: CallerRules = CallerRules()  # which headers of a call are read, as what
     lines: dict[str, tuple[str, ...]] = {}  # fixed sentences in this line's own words (greeting, goodbye ...)
     name: str = ""  # set from the file name, never from the file
 
@@ -102,7 +106,10 @@ def campaign_faults(campaign: Campaign, checkpoint: CheckpointFacts, line_keys: 
         faults.append(f"handoff_uri = {campaign.handoff_uri!r}: must be sip:user@host, sips:user@host or tel:number")
     if campaign.handoff_manner not in ("", *HANDOFF_MANNERS):
         faults.append(f"handoff_manner = {campaign.handoff_manner!r}: must be {' or '.join(HANDOFF_MANNERS)}")
-    faults += manner_faults(campaign.duplex) + outbound_faults(campaign.outbound)
+    if campaign.early_media not in EARLY_MEDIA:
+        faults.append(f"early_media = {campaign.early_media!r}: must be {' or '.join(EARLY_MEDIA)}")
+    faults += manner_faults(campaign.duplex) + outbound_faults(campaign.outbound, campaign.lines)
+    faults += caller_faults(campaign.caller, campaign.lines)
     for key, text in (("shop", campaign.shop), ("persona.name", campaign.persona.name)):
         if not text.strip():
             faults.append(f"{key} = {text!r}: must not be empty")

@@ -41,6 +41,13 @@ class OutboundDecision(msgspec.Struct, frozen=True, kw_only=True):
     reasons: tuple[str, ...] = ()
 
 
+class AnswerDecision(msgspec.Struct, frozen=True, kw_only=True):
+    """No person has answered our call. action: hang_up | leave_message | answer | go_on."""
+
+    action: str
+    reasons: tuple[str, ...] = ()
+
+
 class EscalationDecision(msgspec.Struct, frozen=True, kw_only=True):
     """action: none | offer_keypad | transfer | callback_request."""
 

@@ -51,7 +51,7 @@ PRESETS: dict[str, dict[str, float]] = {
     # Cars, shop floors, a television: hard to interrupt by sound alone, and no noise counts as a turn.
     "noisy_line": {
         "onset_voiced_s": 0.06, "burst_voiced_s": 0.4, "interrupt_probability": 0.6, "noise_probability": 0.6,
-        "decide_min_s": 0.4, "decide_max_s": 0.9, "wordless_s": 1.0, "false_end_voiced_s": 0.24,
+        "decide_min_s": 0.6, "decide_max_s": 1.1, "wordless_s": 1.0, "false_end_voiced_s": 0.24,
     },
 }  # fmt: skip
 

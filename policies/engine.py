@@ -9,10 +9,13 @@
     engine.style(facts)         StyleDecision: language, dialect, emotion, rate, instruction, reasons
     engine.duplex(facts)        DuplexDecision: preset and values that go over the operator's [turn_taking]
     engine.system_prompt(facts) for OpenStream.system_prompt
+    engine.claims(facts)        what the campaign reads of the call's headers, by variable: the caller's claims
     engine.disclose(facts)      Disclosure: .line is the key of the protected sentence, to be heard in full
+    engine.is_notice_early(facts)   is that sentence said before the answer?
     engine.recording(facts)     RecordingDecision: .mode off | after_notice | always
     engine.escalate(facts)      EscalationDecision: none | offer_keypad | transfer | callback_request
     engine.outbound(campaign, number, uri)      OutboundDecision: may it call there, by which trunks, as whom
+    engine.answered(facts, kind)                AnswerDecision: what to do when a voicemail, a menu ... has answered
 
 `facts` is a `CallFacts`; build a new one when something changes (`msgspec.structs.replace(facts,
 num_turns_not_understood=2)`) and ask again: nothing is remembered here. No clock and, after `load`, no I/O. What is
@@ -25,15 +28,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from policies.caller_claims import claims_of, claims_sentence, named_headers
 from policies.campaign import Campaign, CampaignProblem, load_campaigns
 from policies.config import PoliciesConfig
 from policies.consent import RecordingDecision, decide_recording
-from policies.decisions import AdmissionDecision, DuplexDecision, EscalationDecision, OutboundDecision, StyleDecision
+from policies.decisions import (
+    AdmissionDecision,
+    AnswerDecision,
+    DuplexDecision,
+    EscalationDecision,
+    OutboundDecision,
+    StyleDecision,
+)
 from policies.disclosure import Disclosure, disclose
 from policies.duplex_manner import decide_duplex
 from policies.escalation import decide_escalation
 from policies.facts import CallFacts, CheckpointFacts
-from policies.outbound import decide_outbound
+from policies.outbound import decide_answer, decide_outbound
 from policies.speaking_style import decide_style
 
 SHIPPED_CAMPAIGNS = Path(__file__).parent / "campaigns"
@@ -112,7 +123,18 @@ class PolicyEngine:
         sentences = [campaign.persona.introduction(campaign.shop), self.style(facts).instruction]
         if campaign.order_digits:
             sentences.append(f"order numbers have {campaign.order_digits} digits.")
-        return " ".join(sentences)
+        sentences.append(claims_sentence(self.claims(facts)))  # last: what calls share comes first
+        return " ".join(filter(None, sentences))
+
+    def claims(self, facts: CallFacts) -> dict[str, str]:
+        return claims_of(self._campaign(facts).caller, facts.headers)
+
+    def named_headers(self, facts: CallFacts) -> dict[str, str]:
+        return named_headers(self._campaign(facts).caller, facts.headers)
+
+    def is_notice_early(self, facts: CallFacts) -> bool:
+        """Said before the answer, as early media."""
+        return facts.direction == "inbound" and self._campaign(facts).early_media == "notice"
 
     def recording(self, facts: CallFacts) -> RecordingDecision:
         return decide_recording(self._campaign(facts).recording, self.most_recording)
@@ -128,6 +150,9 @@ class PolicyEngine:
 
     def outbound(self, campaign: Campaign, number: str, uri: str) -> OutboundDecision:
         return decide_outbound(campaign.outbound, number, uri)
+
+    def answered(self, facts: CallFacts, kind: str) -> AnswerDecision:
+        return decide_answer(self._campaign(facts).outbound, kind)
 
     def campaign_named(self, name: str) -> Campaign | None:
         """A valid one."""

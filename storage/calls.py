@@ -43,7 +43,7 @@ from storage.masking import mask_card_numbers, mask_value
 from storage.open_calls import OpenCall, OpenCalls
 from storage.projection import UPDATABLE_CALL, UPDATABLE_TURN
 from storage.recordings import CallRecorder, RecordingReader, Segment
-from storage.search import CallReader
+from storage.search import LINE_EVENT, CallReader
 from storage.security import note_security_event
 from storage.writer import Writer
 
@@ -112,6 +112,17 @@ class CallStore(OpenCalls):
         fields = {"did": did, "ani": ani, "display_name": mask_card_numbers(display_name), "direction": direction}
         fields |= {"campaign": campaign, "campaign_version": campaign_version, "source_address": source_address}
         self._append(e.CallOpened, call_id, now, sync=True, sample_rate_hz=sample_rate_hz, **fields)
+
+    def note_line(
+        self, call_id: str, *, trunk: str, is_withheld: bool, is_asserted: bool, headers: dict[str, str],
+        now: dt.datetime,
+    ) -> None:  # fmt: skip
+        """By which line it came: the trunk, what is known of the number, and the headers that the campaign reads.
+
+        In the journal, so that databases that are older than this have it too; readers find it as `line` of the call.
+        """
+        fields = {"trunk": trunk, "is_withheld": is_withheld, "is_asserted": is_asserted, "headers": headers}
+        self.journal_append(call_id, LINE_EVENT, now=now, **fields)
 
     def answer_call(self, call_id: str, *, now: dt.datetime, codec: str = "") -> None:
         self.update_call(call_id, now=now, answered_at=now, codec=codec)

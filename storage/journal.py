@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,6 +76,7 @@ class CallJournal:
     _descriptor: int = -1
     _length: int = 0
     is_dirty: bool = field(default=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock)  # a descriptor must not be closed under a sync
 
     @classmethod
     def open(cls, folder: Path, call_id: str, *, is_synced: bool) -> CallJournal:
@@ -118,21 +120,24 @@ class CallJournal:
 
     def _sync(self) -> None:
         self.is_dirty = False  # before the sync: what is written meanwhile makes it dirty again
-        if not self.is_synced or self._descriptor < 0:
-            return
-        try:
-            os.fdatasync(self._descriptor)
-        except OSError as error:
-            self.is_dirty = True
-            raise JournalUnavailable(f"{self.path.name}: {error}") from error
+        with self._lock:
+            if not self.is_synced or self._descriptor < 0:
+                return
+            try:
+                os.fdatasync(self._descriptor)
+            except OSError as error:
+                self.is_dirty = True
+                raise JournalUnavailable(f"{self.path.name}: {error}") from error
 
     def close(self, *, remove: bool = False, is_refused: bool = False) -> None:
         """`remove`: everything is in the database; the file has done its work. `is_refused`: the tables did not take
-        every entry; the file stays, under a name that no start reads again.
+        every entry; the file stays, under a name that no start reads again. Neither: nothing more is written, and the
+        file waits for the database without holding a descriptor. Idempotent.
         """
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        with self._lock:
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+                self._descriptor = -1
         if remove:
             self.path.unlink(missing_ok=True)
         elif is_refused:

@@ -54,6 +54,10 @@ class OpenCalls:
         self._lock = threading.Lock()
         self._calls: dict[str, OpenCall] = {}
 
+    @property
+    def num_open(self) -> int:
+        return len(self._calls)
+
     def flush(self) -> bool:
         """Waits until everything acknowledged is in SQL.
 
@@ -93,6 +97,7 @@ class OpenCalls:
             call.last_at = now
             if isinstance(entry, e.CallClosed):
                 del self._calls[call_id]
+                call.journal.close()  # its last entry is on the disk; the database may be away for hours
             if self._writer is not None:
                 self._writer.put(entry, call.journal)
                 return

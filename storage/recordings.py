@@ -7,6 +7,7 @@ while somebody reads it: `RecordingReader` computes any byte range of it from th
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 import threading
@@ -19,11 +20,13 @@ import soundfile
 
 from storage.config import RECORDING_POLICIES
 
+log = logging.getLogger(__name__)
 CALLER, AGENT = 0, 1  # channel index: left, right
 CHANNELS = {"caller": CALLER, "agent": AGENT}
 BYTES_PER_FRAME = 4  # two int16
 WAV_HEADER_BYTES = 44
 SEAL_AFTER_S = 1.0  # a segment is written this long after its end: play-out reports come up to 100 ms late
+MAX_WAITING_S = 120.0  # of one call's sound, for a disk that does not answer: 4 MB at 8 kHz
 MAX_AHEAD_S = 60.0  # a position further ahead than this is a fault, not sound
 MAX_START_S = 24 * 3_600.0  # the same for the first position: a recorder may begin in the middle of a call
 
@@ -72,6 +75,9 @@ class CallRecorder:
         self._pauses: list[tuple[int, int]] = []  # [first, end) of the samples that are never kept
         self._paused_at: int | None = None
         self.num_late_samples = 0
+        self.num_lost_segments = 0  # the disk was too slow for them
+        self._num_sealed = 0  # on the thread of the sound
+        self._num_written = 0  # on that of the disk
 
     @property
     def is_recording(self) -> bool:
@@ -161,8 +167,19 @@ class CallRecorder:
         frames = self._open.pop(index, None)
         if frames is None:  # nothing was heard in it: silence needs no file, except to tell how long the call was
             frames = np.zeros((num_samples, 2), dtype=np.int16)
+        if (self._num_sealed - self._num_written) * self._segment_samples >= MAX_WAITING_S * self._rate:
+            self.num_lost_segments += 1
+            log.error("%s: segment %d is lost: the disk does not take what waits", self._folder.name, index)
+            return
         whole = frames[:num_samples]
-        self._run(lambda: self._write(index, whole))
+        self._num_sealed += 1
+        self._run(lambda: self._write_waiting(index, whole))
+
+    def _write_waiting(self, index: int, frames: Pcm) -> None:
+        try:
+            self._write(index, frames)
+        finally:
+            self._num_written += 1
 
     def _write(self, index: int, frames: Pcm) -> None:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)

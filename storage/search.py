@@ -21,6 +21,7 @@ from storage.recordings import RecordingReader, Segment
 from storage.tables import row_as_dict
 
 MAX_ROWS = 500
+LINE_EVENT = "line"  # a call's line, in its journal: see CallStore.note_line
 
 
 class CallReader:
@@ -69,12 +70,13 @@ class CallReader:
         return self._rows(query.limit(max(1, min(limit, MAX_ROWS))))
 
     def get_call(self, call_id: str) -> dict[str, Any]:
-        """The call with `turns`, `metrics`, `tool_calls`, `callback_requests`, `defects`, `handoffs` and `recording`
-        (or None)."""
+        """The call with `line` (None: placed by us, or older than that), `turns`, `metrics`, `tool_calls`,
+        `callback_requests`, `defects`, `handoffs` and `recording` (or None)."""
         rows = self._rows(sa.select(tables.calls).where(tables.calls.c.call_id == call_id))
         if not rows:
             raise UnknownCall(call_id)
         call = rows[0]
+        call["line"] = self._line_of(call_id)
         call["turns"] = self.get_transcript(call_id)
         call["metrics"] = self._of_call(tables.turn_metrics, call_id, "at")
         call["tool_calls"] = self._of_call(tables.tool_calls, call_id, "requested_at")
@@ -97,6 +99,12 @@ class CallReader:
             turn["metrics"] = metrics.get(turn["turn_id"], {})
         return turns
 
+    def _line_of(self, call_id: str) -> dict[str, Any] | None:
+        j = tables.journal.c
+        wanted = sa.and_(j.call_id == call_id, j.kind == LINE_EVENT)
+        rows = self._rows(sa.select(tables.journal).where(wanted).order_by(j.seq).limit(1))
+        return dict(rows[0]["payload"]) if rows else None
+
     def get_events(self, call_id: str, *, after_seq: int = -1, limit: int = 2_000) -> list[dict[str, Any]]:
         """The journal of one call, in order."""
         j = tables.journal.c
@@ -116,6 +124,22 @@ class CallReader:
         if call_id:
             query = query.where(tables.journal.c.call_id == call_id)
         return self._rows(query.limit(limit))
+
+    def tail_figures(self, *, after_id: int, limit: int) -> list[dict[str, Any]]:
+        """Journal rows with an id above `after_id` that are figures or ends of calls, with the call's campaign."""
+        j, c = tables.journal.c, tables.calls.c
+        query = (
+            sa.select(tables.journal, c.campaign)
+            .join(tables.calls, j.call_id == c.call_id)
+            .where(j.id > after_id, j.kind.in_(("metric_added", "call_closed")))
+            .order_by(j.id)
+        )
+        return self._rows(query.limit(limit))
+
+    def num_open_by_campaign(self) -> dict[str, int]:
+        c = tables.calls.c
+        query = sa.select(c.campaign, sa.func.count().label("n")).where(c.state == "open").group_by(c.campaign)
+        return {row["campaign"]: int(row["n"]) for row in self._rows(query)}
 
     def num_open_calls(self) -> int:
         query = sa.select(sa.func.count().label("n")).select_from(tables.calls).where(tables.calls.c.state == "open")

@@ -45,6 +45,37 @@ def note_security_event(
         connection.execute(sa.delete(security_events).where(t.id <= newest_id - MAX_ROWS))
 
 
+class SecurityTail:
+    """How often each kind was tried since it was last asked. Rows count on while they last, so what was counted of
+    each is remembered: as many as there may be rows."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._counted: dict[int, int] = {}
+        self._seen_until = dt.datetime.min.replace(tzinfo=dt.UTC)
+        self._changed_rows()
+
+    def new(self) -> dict[str, int]:
+        """Kind -> how many more."""
+        found: dict[str, int] = {}
+        for kind, more in self._changed_rows():
+            found[kind] = found.get(kind, 0) + more
+        if len(self._counted) > 2 * MAX_ROWS:
+            self._counted = dict(sorted(self._counted.items())[-MAX_ROWS:])
+        return found
+
+    def _changed_rows(self) -> list[tuple[str, int]]:
+        t = security_events.c
+        query = sa.select(t.id, t.kind, t.count.label("times"), t.last_at).where(t.last_at >= self._seen_until)
+        found = []
+        with self._engine.connect() as connection:
+            for row in connection.execute(query):
+                found.append((row.kind, row.times - self._counted.get(row.id, 0)))
+                self._counted[row.id] = row.times
+                self._seen_until = max(self._seen_until, row.last_at)
+        return found
+
+
 def list_security_events(
     engine: Engine, *, limit: int = 100, kind: str = "", since: dt.datetime | None = None
 ) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 show.export(config, "csv", CallFilter(...), actor=…, now=…)
 show.create(config)            show.seed(config)            show.list_calls(config, limit=20)
 show.show_call(config, id)     show.last_call_id(config)    show.verify(config)      show.security(config)
-show.as_json(value)
+show.answers(config)           show.as_json(value)
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from storage.answers import answer_histogram
 from storage.audit import append_audit, verify_audit
 from storage.config import StorageConfig
 from storage.export import WRITERS, CallFilter
@@ -94,6 +95,12 @@ def security(config: StorageConfig, *, limit: int = 100, kind: str = "") -> list
     """What strangers and broken peers tried, latest first."""
     with _reading(config) as reader:
         return [_plain(event) for event in list_security_events(reader.engine, limit=limit, kind=kind)]
+
+
+def answers(config: StorageConfig, *, since: dt.datetime | None = None) -> list[dict[str, Any]]:
+    """Who answered the calls that were placed, and how long it took to find out."""
+    with _reading(config) as reader:
+        return answer_histogram(reader.engine, since=since)
 
 
 def as_json(value: Any) -> str:

@@ -228,6 +228,13 @@ security_events = sa.Table(
     sqlite_autoincrement=True,
 )
 
+spent_call_tokens = sa.Table(
+    "spent_call_tokens",
+    metadata,
+    sa.Column("nonce_sha256", sa.String(64), primary_key=True),
+    sa.Column("expires_at", UtcDateTime, nullable=False, index=True),
+)
+
 handoffs = sa.Table(
     "handoffs",
     metadata,

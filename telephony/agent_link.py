@@ -1,7 +1,8 @@
 """The worker's end of the Unix socket: one agent at a time, never a blocking call.
 
 Lies in a folder only we may enter (0700) and takes only peers of our own user id. Outgoing messages wait in a bounded
-queue; an agent that leaves more than `_MAX_UNSENT_BYTES` unread is treated as lost.
+queue; an agent that leaves more than `_MAX_UNSENT_BYTES` unread is treated as lost. Belongs to the thread that made it:
+the worker's main one.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import threading
 from collections import deque
 from pathlib import Path
 
@@ -34,6 +36,7 @@ class AgentLink:
         self._buffer = FrameBuffer()
         self._unsent: deque[tuple[bytes, list[int]]] = deque()
         self._unsent_bytes = 0
+        self._thread_id = threading.get_ident()
 
     @property
     def is_connected(self) -> bool:
@@ -72,6 +75,7 @@ class AgentLink:
         return messages, self._agent is not None
 
     def send(self, message: msgspec.Struct, fds: tuple[int, ...] = ()) -> None:
+        assert threading.get_ident() == self._thread_id, f"{type(message).__name__} sent from another thread"
         if self._agent is None:
             return
         data = frame(message)

@@ -51,6 +51,7 @@ from telephony.wire import (
 from telephony.worker_leg import WorkerLeg as WorkerLeg
 
 _ALIVE_EVERY_S = 1.0
+_MAX_UNSENT_BYTES = 1 << 22  # a worker that leaves more unread is treated as lost, as it treats an agent
 
 
 class CallRefused(LegError):
@@ -142,7 +143,7 @@ class WorkerClient:
 
     async def place_call(
         self, uri: str = "", from_user: str = "", display_name: str = "", headers: dict[str, str] | None = None,
-        number: str = "", trunks: tuple[str, ...] = (), leg_id: str = "",
+        number: str = "", trunks: tuple[str, ...] = (), leg_id: str = "", detects_answer: bool = False,
     ) -> WorkerLeg:  # fmt: skip
         """Send an INVITE to `uri`, or to `number` by way of `trunks`. The leg comes back at once, in CALLING; what
         becomes of it is in its events. The worker counts it from now on; CallRefused when it is full."""
@@ -151,7 +152,7 @@ class WorkerClient:
         self._placing[leg_id] = waiting
         self.send(PlaceCall(
             leg_id=leg_id, uri=uri, number=number, trunks=trunks, from_user=from_user, display_name=display_name,
-            headers=headers or {},
+            headers=headers or {}, detects_answer=detects_answer,
         ))  # fmt: skip
         try:
             return await waiting
@@ -170,6 +171,8 @@ class WorkerClient:
             return
         self._unsent += frame(message)
         self._flush()
+        if len(self._unsent) > _MAX_UNSENT_BYTES:
+            self._lose()
 
     def _flush(self) -> None:
         loop = asyncio.get_running_loop()

@@ -7,7 +7,7 @@ Checked once, at construction; nothing else in the island reads a file or an env
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from telephony.trunk_config import TrunkConfig, trunks_of
@@ -16,6 +16,7 @@ SECTION = "telephony"
 PTIMES_MS = (10, 20, 30, 40)
 CODECS = ("PCMU/8000", "PCMA/8000")
 WIDEBAND_CODECS = ("G722/16000", "opus/48000")
+_NOISE_IS_BELOW_VOICE_DB = 6.0  # 10 ms of noise are up to 1.5 dB louder than all of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,8 @@ class TelephonyConfig:
     """Address written into Contact and SDP when it is not `sip_bind` (behind 1:1 NAT); empty = `sip_bind`."""
 
     rtp_port_first: int = 0
-    """First UDP port of RTP; 0 = a free range chosen at start."""
+    """First UDP port of RTP, an even one. A worker uses it and the 2 * max_calls + 1 ports after it, the next worker
+    of a pool the ports after those. 0 = a free range chosen at start."""
 
     max_calls: int = 3
     """Calls at once in one worker. The pjsua2 wheel holds 4 and refuses by itself with 486, so stay below it: then it
@@ -73,6 +75,10 @@ class TelephonyConfig:
     tls_key_file: str = ""
     """PEM key for tls."""
 
+    tls_ca_file: str = ""
+    """PEM file of the authorities, at most 50, that a tls trunk's certificate may be from; a tls trunk needs it. (The
+    wheel cannot take all of a system's: docs/telephony.md.)"""
+
     accepts_old_openssl: bool = False
     """The wheel's pjsua2 bundles OpenSSL 1.0.2 of 2017: with tls in `transports` it does not start unless this is true.
     Better: a TLS proxy in front (docs/telephony.md)."""
@@ -84,7 +90,11 @@ class TelephonyConfig:
     trunks: tuple[TrunkConfig, ...] = ()
     """Carriers and PBXs, each a table [[telephony.trunks]]: name, hosts, transport, sources, registers,
     register_expires_s, username, password_env, realm, domain, caller_id, did_from, is_identity_trusted,
-    refer_hosts, options_s, failover_s. See docs/telephony.md."""
+    refer_hosts, transfer_from, inband_dtmf, options_s, failover_s. See docs/telephony.md."""
+
+    dns_refresh_s: float = 60.0
+    """The host names of trunks and outbound_hosts are looked up again so often, s, 1-86400; the last good answer stays
+    when DNS fails."""
 
     is_registrar: bool = True
     """Does this worker REGISTER for the trunks that want it? Set by the pool: exactly one does."""
@@ -113,10 +123,18 @@ class TelephonyConfig:
     """No final NOTIFY after a REFER for so long counts as 408."""
 
     is_rtp_locked: bool = True
-    """After its first packets, a call's RTP is taken from that one source only (kernel filter, Linux)."""
+    """A call's RTP comes from one source only: its SDP's, or a listed one that sends instead (kernel filter, Linux)."""
 
     invites_per_s: int = 20
-    """More INVITEs than this to one worker are dropped unanswered; their senders try again (RFC 3261 §17.1.1.2)."""
+    """More new INVITEs than this to one worker, of all sources together, are dropped unanswered; their senders try
+    again (RFC 3261 §17.1.1.2)."""
+
+    source_invites_per_s: int = 10
+    """The same for one source address, so that none can use up the share of the others; of a trusted proxy, for the
+    address it names. At most `invites_per_s` are of use."""
+
+    source_requests_per_s: int = 200
+    """More requests of any kind than this from one address are dropped unread; a second's worth may come at once."""
 
     inband_dtmf: str = "auto"
     """Are keys heard as tones? auto = where the party negotiated no RFC 4733; on = always; off = never."""
@@ -148,6 +166,9 @@ class TelephonyConfig:
 
     progress_ms: int = 100
     """Longest time between two `PlayoutProgress` of a playing item."""
+
+    comfort_noise_dbov: float = -65.0
+    """Level of the noise that is sent where nothing is played, -70 to -62; 0 = digital silence. It is never voiced."""
 
     duck_ramp_ms: int = 10
     """Length of the gain ramp of `Duck` and of `Resume` (a step would click)."""
@@ -218,9 +239,11 @@ class TelephonyConfig:
         ranges: dict[str, tuple[float, float]] = {
             "tls_port": (1, 65535),
             "sip_port": (0, 65535), "rtp_port_first": (0, 65000), "max_calls": (1, 512), "retry_after_s": (0, 3600),
-            "health_after_s": (0.5, 30), "invites_per_s": (1, 1000), "pool_calls": (0, 10000),
+            "health_after_s": (0.5, 30), "invites_per_s": (1, 1000),
+            "source_invites_per_s": (1, 1000), "source_requests_per_s": (10, 100000), "pool_calls": (0, 10000),
             "answer_timeout_s": (0.1, 180),
             "no_answer_timeout_s": (1, 600), "refer_timeout_s": (0.1, 180),
+            "dns_refresh_s": (1, 86400),
             "rtp_timeout_s": (0, 3600), "agent_lost_hold_s": (0, 120), "agent_stall_s": (0.5, 120),
             "drain_s": (0, 3600),
             "max_unplayed_s": (1, 120), "progress_ms": (10, 100), "duck_ramp_ms": (0, 200), "vad_mode": (0, 3),
@@ -232,8 +255,18 @@ class TelephonyConfig:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise refusal(name, value, f"must be {low} to {high}")
+        # G.711 does not carry what is quieter: the steps of mu-law and A-law around zero are 8 and 16 of 32768, and the
+        # noise is 10 at -70 dBov, 18 at -65. Louder, it would be sound to the echo gate (telephony/echo.py).
+        if self.comfort_noise_dbov and not -70 <= self.comfort_noise_dbov <= -62:
+            raise refusal("comfort_noise_dbov", self.comfort_noise_dbov, "must be -70 to -62, or 0")
+        if self.comfort_noise_dbov and self.comfort_noise_dbov > self.wire_voiced_dbov - _NOISE_IS_BELOW_VOICE_DB:
+            allowed = f"must be {_NOISE_IS_BELOW_VOICE_DB:.0f} dB below wire_voiced_dbov ({self.wire_voiced_dbov})"
+            raise refusal("comfort_noise_dbov", self.comfort_noise_dbov, allowed)
         if self.ptime_ms not in PTIMES_MS:
             raise refusal("ptime_ms", self.ptime_ms, "must be 10, 20, 30 or 40")
+        if self.rtp_port_first % 2 or self.rtp_port_first + self.num_rtp_ports > 65536:
+            allowed = f"must be 0, or even with {self.num_rtp_ports} ports (2 * (max_calls + 1)) from there to 65535"
+            raise refusal("rtp_port_first", self.rtp_port_first, allowed)
         if self.inband_dtmf not in ("auto", "on", "off"):
             raise refusal("inband_dtmf", self.inband_dtmf, "must be auto, on or off")
         if self.echo_canceller not in ("auto", "speexdsp", "off"):
@@ -256,6 +289,8 @@ class TelephonyConfig:
         for trunk in self.trunks:
             if trunk.transport not in self.transports:
                 raise trunk.refusal("transport", "must be in telephony.transports")
+            if trunk.transport == "tls" and not self.tls_ca_file:
+                raise trunk.refusal("transport", "tls needs telephony.tls_ca_file, the authority of its certificate")
 
     def _check_binding(self) -> None:
         """Closed by default: a public bind without an allow-list of sources does not start."""
@@ -287,6 +322,25 @@ class TelephonyConfig:
     def total_calls(self) -> int:
         """Calls at once of all workers together."""
         return self.pool_calls or self.max_calls
+
+    @property
+    def called_hosts(self) -> tuple[str, ...]:
+        """Every host that we may call, as `host` or `host:port`."""
+        of_trunks = (host for trunk in self.trunks for host in (*trunk.hosts, *trunk.refer_hosts))
+        return (*self.outbound_hosts, *of_trunks)
+
+    @property
+    def num_rtp_ports(self) -> int:
+        """UDP ports of one worker: RTP and RTCP of its calls, and of one more that is being refused."""
+        return 2 * (self.max_calls + 1)
+
+    def of_worker(self, index: int) -> TelephonyConfig:
+        """The settings of one worker of a pool: ports of its own, and exactly one registers (RFC 3261 §10)."""
+        return replace(
+            self, sip_port=self.sip_port and self.sip_port + index, tls_port=self.tls_port + index,
+            is_registrar=self.is_registrar and index == 0,
+            rtp_port_first=self.rtp_port_first and self.rtp_port_first + index * self.num_rtp_ports,
+        )  # fmt: skip
 
     @property
     def samples_per_frame(self) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from telephony.config import TelephonyConfig
 from telephony.echo import LineEcho
-from telephony.leg import AudioFrame
+from telephony.leg import AudioFrame, EchoMeasured
 from telephony.voice_activity import VoiceActivity
 
 Tap = Callable[[int, bytes, bytes], None]
@@ -23,6 +23,14 @@ class CallerAudio:
     def __init__(self, config: TelephonyConfig) -> None:
         self._echo = LineEcho(config)
         self._voice_activity = VoiceActivity(config)
+
+    def answered(self, leg_id: str) -> None:
+        """From now on our voice is heard at the other end, and may come back: that is measured, once."""
+        self._echo.measure_return(leg_id)
+
+    def take_measured(self) -> EchoMeasured | None:
+        """What came of it, once."""
+        return self._echo.take_measured()
 
     def listen(self, received: bytes, sent: bytes) -> tuple[bytes, bool]:
         """One tick: the received samples without our echo, and whether the caller speaks."""

@@ -93,7 +93,8 @@ class Flushed(Message, frozen=True):
 
 
 class ReferResult(Message, frozen=True):
-    """Final outcome of `Refer` (RFC 3515 NOTIFY sipfrag, or the refusal itself)."""
+    """Final outcome of `Refer` (RFC 3515 NOTIFY sipfrag, or the refusal itself). sip_status 0: the party took the REFER
+    and left before it told the outcome."""
 
     sip_status: int
     reason: str = ""
@@ -131,6 +132,21 @@ class MediaHealth(Message, frozen=True):
     source_address: str = ""  # where it really came from
 
 
+class EchoMeasured(Message, frozen=True):
+    """Said once, when 6 s of our own voice were sent after the answer: how much of it comes back.
+
+    verdict: none (nothing that could be heard) | cancelled | strong (the canceller does not get hold of it, and what is
+    left is loud enough to be taken for the caller) | unclear (three times 6 s, and what is left may be the caller's
+    voice, or the delay moves). The rest is of an echo only.
+    """
+
+    verdict: str
+    return_loss_db: float = 0.0  # how much quieter it comes back (echo return loss, ITU-T G.168)
+    delay_ms: int = 0  # as the leg hears it, its jitter buffer included
+    enhancement_db: float = 0.0  # how much of it the canceller removes (ERLE, ITU-T G.168)
+    left_dbov: float = 0.0  # level of what is left
+
+
 class WireMetric(Message, frozen=True):
     """Timing measured from voiced energy in what crossed the socket, in samples of the leg clock.
 
@@ -140,6 +156,19 @@ class WireMetric(Message, frozen=True):
 
     kind: str
     sample: int
+
+
+class AnswerEvidence(Message, frozen=True):
+    """What the callee of an outbound leg sounds like, where the leg was asked to listen for it (answer_detection.py).
+
+    kind: utterance (it spoke, and waits) | speaking (it has spoken on for so long) | beep | special_information (ITU-T
+    E.180) | ringback | busy | fax. `sample`: where that ended, or the present one of `speaking`.
+    """
+
+    kind: str
+    sample: int
+    num_samples: int = 0  # how long it was
+    frequency_hz: int = 0  # of a tone
 
 
 class LegDisconnected(Message, frozen=True):
@@ -216,6 +245,18 @@ class Unhold(Message, frozen=True):
     """Take the party back (sendrecv)."""
 
 
+class SendDtmf(Message, frozen=True):
+    """Keys out. method: rfc4733 | info (SIP INFO, application/dtmf-relay) | inband (tones) | auto: RFC 4733 when the
+    party negotiated it, else tones."""
+
+    digits: str
+    method: str = "auto"
+
+
+class StopAnswerDetection(Message, frozen=True):
+    """It is known who answered: no more `AnswerEvidence`."""
+
+
 class Refer(Message, frozen=True):
     """Blind transfer (RFC 3515): `refer_to` goes out verbatim."""
 
@@ -233,10 +274,27 @@ LegEvent = (
     | Referred
     | HoldChanged
     | MediaHealth
+    | EchoMeasured
     | WireMetric
+    | AnswerEvidence
     | LegDisconnected
 )
-LegCommand = Answer | Progress | Reject | Play | Flush | Duck | Pause | Resume | Hangup | Hold | Unhold | Refer
+LegCommand = (
+    Answer
+    | Progress
+    | Reject
+    | Play
+    | Flush
+    | Duck
+    | Pause
+    | Resume
+    | Hangup
+    | Hold
+    | Unhold
+    | Refer
+    | SendDtmf
+    | StopAnswerDetection
+)
 
 
 class LegError(Exception):

@@ -12,9 +12,10 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from telephony.answer_detection import AnswerDetector
 from telephony.config import TelephonyConfig
 from telephony.dtmf import DtmfDetector
 from telephony.frames import CallerAudio
@@ -43,6 +44,7 @@ class LegMedia:
         self.local_commands: deque[LegCommand] = deque()  # from the worker itself (apology); append is atomic
         self.is_held = False
         self.keys: DtmfDetector | None = None  # set while keys are to be heard as sound
+        self.answer: AnswerDetector | None = None  # set while it is not known who answered our call
         self.dropped_frames = 0
         self._leg_id, self._rate_hz = leg_id, config.sample_rate_hz
         self._confirmed_at_s: float | None = None  # set by the main thread, taken by the next tick
@@ -105,9 +107,15 @@ class LegMedia:
         if keys is not None:
             digits = keys.push(received)
             self._report([DtmfReceived(leg_id=self._leg_id, digit=key, sample=self.sample) for key in digits])
+        answer = self.answer
+        if answer is not None:
+            self._report(answer.push(received, is_voiced))
         outlet = self._outlet
         if outlet is None:
             return
+        measured = self._caller_audio.take_measured()
+        if measured is not None:
+            self._report([measured])
         rings, wake_fd = outlet
         start_sample = self._playout.sample - len(sent) // 2
         tick = AudioTick(start_sample, received, sent, cleaned, is_voiced)
@@ -121,6 +129,7 @@ class LegMedia:
         confirmed_at_s, self._confirmed_at_s = self._confirmed_at_s, None
         if confirmed_at_s is None:
             return []
+        self._caller_audio.answered(self._leg_id)
         waited = round((time.monotonic() - confirmed_at_s) * self._rate_hz)
         return [WireMetric(leg_id=self._leg_id, kind="answered", sample=self.sample - waited)]
 
@@ -131,7 +140,7 @@ class LegMedia:
             print(f"leg media: {error}", file=sys.stderr)
             return []
 
-    def _report(self, events: list[LegEvent]) -> None:
+    def _report(self, events: Sequence[LegEvent]) -> None:
         outlet = self._outlet
         if outlet is not None:
             for event in events:

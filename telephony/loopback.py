@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 
 import numpy as np
 
+from telephony.answer_detection import AnswerDetector
 from telephony.config import TelephonyConfig
 from telephony.frames import CallerAudio, Tap, audio_frame
 from telephony.leg import (
@@ -29,9 +30,13 @@ from telephony.leg import (
     LegState,
     LegStateChanged,
     Play,
+    Progress,
     Refer,
+    Referred,
     ReferResult,
     Reject,
+    SendDtmf,
+    StopAnswerDetection,
     Unhold,
     WireMetric,
 )  # fmt: skip
@@ -43,26 +48,33 @@ from telephony.wire_metrics import VoicedEnergyMeter
 
 
 class LoopbackLeg:
-    """One inbound call whose caller is the test. `echo_gain` > 0 sends our voice back, `echo_delay_ms` later."""
+    """One call whose far end is the test. `echo_gain` > 0 sends our voice back, `echo_delay_ms` later. `direction`
+    outbound: we call, and the leg listens for who answers."""
 
-    direction = "inbound"
     is_resumed = False
 
     def __init__(
         self, leg_id: str, did: str = "100", ani: str = "anonymous", display_name: str = "",
         config: TelephonyConfig | None = None, echo_gain: float = 0.0, echo_delay_ms: int = 40,
+        direction: str = "inbound",
     ) -> None:  # fmt: skip
         self.leg_id, self.did, self.ani, self.display_name = leg_id, did, ani, display_name
         self.config = config or TelephonyConfig()
+        self.direction = direction
         self.sample_rate_hz = self.config.sample_rate_hz
         self.state = LegState.NULL
-        self.refer_answer = ReferResult(leg_id=leg_id, sip_status=200, reason="OK")  # what the far end says to a REFER
+        # What the far end says to a REFER; None: it accepts, and says no more.
+        self.refer_answer: ReferResult | None = ReferResult(leg_id=leg_id, sip_status=200, reason="OK")
         self.referred_to: str | None = None
         self.rejected_with: Reject | None = None
+        self.keys_heard = ""  # that we have sent
         self.played_before: dict[str, int] = {}
         self._playout = Playout(leg_id, self.config)
         self._outgoing = OutgoingAudio(self.sample_rate_hz)
         self._caller_audio = CallerAudio(self.config)
+        self._answer: AnswerDetector | None = None
+        if direction == "outbound":
+            self._answer = AnswerDetector(leg_id, self.sample_rate_hz, self.config.vad_hangover_ms)
         self._tap: Tap | None = None
         self._meters = {party: VoicedEnergyMeter(leg_id, party, self.config) for party in ("caller", "agent")}
         self._commands: deque[LegCommand] = deque()
@@ -70,6 +82,8 @@ class LoopbackLeg:
         self._echo_gain = echo_gain
         self._echo_line = bytearray(2 * echo_delay_ms * self.sample_rate_hz // 1000)
         self._is_held = False
+        self.has_early_media = True  # does the far end listen before the answer?
+        self._is_early = self._is_answer_told = False
         self._owed_samples = 0  # asked for by `advance`, less than a frame
         self._events: deque[LegEvent] = deque()
         self._has_events = asyncio.Event()
@@ -95,16 +109,24 @@ class LoopbackLeg:
             case Answer():
                 self._enter(LegState.CONNECTING)
                 self._enter(LegState.CONFIRMED)
+            case Progress():
+                self._is_early = self.has_early_media
+                self._enter(LegState.EARLY)
             case Reject(sip_status=sip_status):
                 self.rejected_with = command
                 self._end(cause_of_status(sip_status), sip_status, "agent")
             case Hangup(cause=cause) if self.state is not LegState.DISCONNECTED:
                 self._end(cause_of_hangup(cause), 200 if self.state is LegState.CONFIRMED else 603, "agent")
+            case SendDtmf(digits=digits):
+                self.keys_heard += digits
+            case StopAnswerDetection():
+                self._answer = None
             case Hold() | Unhold():
                 self._set_held(isinstance(command, Hold), "agent")
             case Refer(refer_to=refer_to):
                 self.referred_to = refer_to
-                self._emit(self.refer_answer)
+                if self.refer_answer is not None:
+                    self._emit(self.refer_answer)
 
     async def events(self) -> AsyncIterator[LegEvent]:
         while True:
@@ -121,16 +143,23 @@ class LoopbackLeg:
 
     # ------------------------------------------------------------- the far end
 
-    def ring(self, headers: dict[str, str] | None = None) -> None:
-        """The INVITE arrives."""
+    def ring(self, headers: dict[str, str] | None = None, trunk: str = "", is_asserted: bool = False) -> None:
+        """The INVITE arrives, by `trunk`; `is_asserted`: which is trusted, and vouches for the number."""
         assert self.state is LegState.NULL, self.state
         self.state = LegState.INCOMING
         incoming = LegIncoming(
             leg_id=self.leg_id, did=self.did, ani=self.ani, display_name=self.display_name,
             source_address="127.0.0.1:5060", headers=headers or {}, sample_rate_hz=self.sample_rate_hz,
+            trunk=trunk, asserted_identity=self.ani if is_asserted else "",
         )  # fmt: skip
         self._emit(incoming)
         self._emit(LegStateChanged(leg_id=self.leg_id, state=LegState.INCOMING))
+
+    def pick_up(self) -> None:
+        """The callee answers our INVITE."""
+        assert (self.direction, self.state) == ("outbound", LegState.NULL), (self.direction, self.state)
+        self._enter(LegState.CALLING)
+        self._enter(LegState.CONFIRMED)
 
     def speak(self, pcm: bytes) -> None:
         """Queue caller audio (leg rate); silence follows it."""
@@ -144,7 +173,14 @@ class LoopbackLeg:
         """Re-INVITE sendonly, or back: the clock runs on, nobody hears us."""
         self._set_held(is_held, "caller")
 
+    def send_us_to(self, target: str, sip_status: int = 200) -> None:
+        """An inbound REFER that the trunk allows: from now on it is `target` that hears us, or has refused."""
+        self._emit(Referred(leg_id=self.leg_id, target=target))
+        self._emit(Referred(leg_id=self.leg_id, target=target, sip_status=sip_status))
+
     def hang_up(self) -> None:
+        if self.referred_to is not None and self.refer_answer is None:
+            self._emit(ReferResult(leg_id=self.leg_id, sip_status=0, reason="the party left"))
         self._end(Cause.NORMAL, 200, "caller")
 
     def cancel(self) -> None:
@@ -167,12 +203,16 @@ class LoopbackLeg:
 
     def advance(self, num_samples: int) -> None:
         """Let `num_samples` pass, in whole frames; what is left over counts towards the next call."""
-        if self.state is not LegState.CONFIRMED:
+        if not self._is_running:
             return
         self._owed_samples += num_samples
-        while self._owed_samples >= self.config.samples_per_frame and self.state is LegState.CONFIRMED:
+        while self._owed_samples >= self.config.samples_per_frame and self._is_running:
             self._owed_samples -= self.config.samples_per_frame
             self._tick(self.config.samples_per_frame)
+
+    @property
+    def _is_running(self) -> bool:
+        return self.state is LegState.CONFIRMED or (self.state is LegState.EARLY and self._is_early)
 
     def drain(self) -> list[LegEvent]:
         """All events not yet taken, for tests without an event loop."""
@@ -191,8 +231,10 @@ class LoopbackLeg:
             for flushed in self._playout.apply(self._commands.popleft()):
                 self._emit(flushed)
         start_sample = self.sample
-        if start_sample == 0:
-            self._emit(WireMetric(leg_id=self.leg_id, kind="answered", sample=0))
+        if self.state is LegState.CONFIRMED and not self._is_answer_told:
+            self._is_answer_told = True
+            self._caller_audio.answered(self.leg_id)
+            self._emit(WireMetric(leg_id=self.leg_id, kind="answered", sample=start_sample))
         sent, events = self._playout.pull(num_samples, self._is_held)
         self._heard += sent
         received = self._received(num_samples, sent)
@@ -203,6 +245,12 @@ class LoopbackLeg:
             self._tap(start_sample, received, sent)
         cleaned, is_voiced = self._caller_audio.listen(received, sent)
         self._playout.caller_is_voiced(is_voiced)
+        if self._answer is not None:
+            for evidence in self._answer.push(received, is_voiced):
+                self._emit(evidence)
+        measured = self._caller_audio.take_measured()
+        if measured is not None:
+            self._emit(measured)
         self._emit(audio_frame(self.leg_id, self.sample_rate_hz, start_sample, cleaned, is_voiced))
 
     def _received(self, num_samples: int, sent: bytes) -> bytes:

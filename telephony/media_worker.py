@@ -36,7 +36,7 @@ from telephony.leg import (
 from telephony.leg_media import LegMedia
 from telephony.ring import LegRings
 from telephony.sip.causes import Cause
-from telephony.wire import Alive, CommandRefused, Hello, JoinLegs, LegOpened, PlaceCall, SendDtmf, ToWorker
+from telephony.wire import Alive, CommandRefused, Hello, JoinLegs, LegOpened, PlaceCall, ToWorker
 
 _DEADLINES_EVERY_S = 0.25
 _EXIT_WITHIN_S = 3.0
@@ -57,8 +57,6 @@ class EndpointLeg(Protocol):
     media: LegMedia
 
     def carry_out(self, command: LegCommand, now_s: float) -> None: ...
-
-    def send_dtmf(self, digits: str, method: str = "auto") -> None: ...
 
     def refuse(self, sip_status: int, retry_after_s: int, cause: Cause) -> None: ...
 
@@ -128,6 +126,10 @@ class MediaWorker:
             sip_address=config.sip_bind, sip_port=self._endpoint.sip_port, max_calls=self._endpoint.max_calls,
             worker_pid=os.getpid(),
         )  # fmt: skip
+
+    def counts(self) -> dict[str, int]:
+        """What is held for calls, for whoever looks for a leak."""
+        return {"legs": len(self._endpoint.legs), "rings": len(self._outlets) + len(self._buried)}
 
     # --------------------------------------------------------------------- time
 
@@ -205,9 +207,7 @@ class MediaWorker:
             leg = self._endpoint.legs.get(message.leg_id)
             if leg is None:
                 return  # it ended while the command was on its way; the agent will read so
-            if isinstance(message, SendDtmf):
-                leg.send_dtmf(message.digits, message.method)
-            elif isinstance(message, JoinLegs):
+            if isinstance(message, JoinLegs):
                 self._endpoint.join(leg, self._endpoint.legs.get(message.other_leg_id))
             else:
                 leg.carry_out(message, self._now_s)
@@ -280,20 +280,29 @@ class MediaWorker:
         if self._endpoint.legs:
             print(f"worker: agent {self._watch.state}: {action} ({len(self._endpoint.legs)} legs)", file=sys.stderr)
         for leg in list(self._endpoint.legs.values()):
-            if action is WatchAction.APOLOGISE_IF_SILENT:
-                if leg.media.is_idle:
-                    self._play_apology(leg)
-            elif action is WatchAction.APOLOGISE:
-                self._close_outlet(leg)
-                if leg.state is LegState.CONFIRMED:
-                    leg.media.local_commands.append(Flush(leg_id=leg.leg_id))
-                    self._play_apology(leg)
-                elif leg.direction == "inbound":
-                    leg.refuse(503, self.config.retry_after_s, Cause.AGENT_LOST)
-                else:
-                    leg.end(Cause.AGENT_LOST)
+            try:
+                self._act_on(leg, action)
+            except Exception as error:
+                reason = self._endpoint.reason_of(error)
+                if reason is None:
+                    raise
+                print(f"worker: {action} of {leg.leg_id}: {reason}", file=sys.stderr)  # the others get theirs
+
+    def _act_on(self, leg: EndpointLeg, action: WatchAction) -> None:
+        if action is WatchAction.APOLOGISE_IF_SILENT:
+            if leg.media.is_idle:
+                self._play_apology(leg)
+        elif action is WatchAction.GIVE_UP:
+            self._give_up(leg)
+        else:
+            self._close_outlet(leg)
+            if leg.state is LegState.CONFIRMED:
+                leg.media.local_commands.append(Flush(leg_id=leg.leg_id))
+                self._play_apology(leg)
+            elif leg.direction == "inbound":
+                leg.refuse(503, self.config.retry_after_s, Cause.AGENT_LOST)
             else:
-                self._give_up(leg)
+                leg.end(Cause.AGENT_LOST)
 
     def _play_apology(self, leg: EndpointLeg) -> None:
         if self._apology and leg.state is LegState.CONFIRMED:

@@ -6,8 +6,9 @@ agent may queue up to `max_unplayed_s` beforehand; a stuck agent therefore delay
 clock, no thread, no socket: time is the number of samples pulled (walk: hops 12 and 13).
 
 Items play one after another in the order they were first named. An item whose last chunk was not given yet holds its
-place: silence leaves until more arrives, later items wait. A flushed item is closed: chunks that come late are
-dropped.
+place: later items wait until more arrives. A flushed item is closed: chunks that come late are dropped. Where nothing
+is played comfort noise leaves (comfort_noise.py), at its own level however the agent is ducked; to a party on hold,
+silence.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from telephony.comfort_noise import ComfortNoise
 from telephony.config import TelephonyConfig
 from telephony.leg import (
     Duck,
@@ -74,6 +76,7 @@ class Playout:
         self._ramp_samples = max(1, config.duck_ramp_ms * rate // 1000)
         self._items: OrderedDict[str, _Item] = OrderedDict()
         self._closed: OrderedDict[str, int] = OrderedDict()  # item_id -> samples played
+        self._noise = ComfortNoise(leg_id, config)
         self._gain, self._target_gain, self._gain_step = 1.0, 1.0, 0.0
         self._is_ducked = False
         self._local_duck_db = config.local_duck_db
@@ -177,6 +180,8 @@ class Playout:
         played = sum(map(len, parts)) // 2
         parts.append(bytes(2 * (num_samples - played)))
         pcm = self._with_gain(b"".join(parts), events)
+        if played < num_samples and not is_held:
+            pcm = pcm[: 2 * played] + self._noise.at(self.sample + played, num_samples - played)
         self.sample += num_samples
         if played and self._items and self.sample - self._reported_at >= self._progress_samples:
             item_id, item = next(iter(self._items.items()))

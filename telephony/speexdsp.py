@@ -31,6 +31,8 @@ def load() -> ctypes.CDLL:
     library.speex_echo_state_init.restype = ctypes.c_void_p
     library.speex_echo_cancellation.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p]
     library.speex_echo_cancellation.restype = None
+    library.speex_echo_state_reset.argtypes = [ctypes.c_void_p]
+    library.speex_echo_state_reset.restype = None
     library.speex_echo_ctl.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
     library.speex_echo_state_destroy.argtypes = [ctypes.c_void_p]
     library.speex_echo_state_destroy.restype = None
@@ -53,6 +55,10 @@ class SpeexEchoCanceller:
         assert len(received) == len(sent) == self._frame_bytes, (len(received), len(sent), self._frame_bytes)
         self._library.speex_echo_cancellation(self._state, received, sent, self._out)
         return self._out.raw
+
+    def reset(self) -> None:
+        """Forget the line."""
+        self._library.speex_echo_state_reset(self._state)
 
     def __del__(self) -> None:
         state, self._state = getattr(self, "_state", None), None

@@ -21,6 +21,8 @@ from telephony.leg import (
     Refer,
     Reject,
     Resume,
+    SendDtmf,
+    StopAnswerDetection,
     Unhold,
 )  # fmt: skip
 
@@ -32,7 +34,7 @@ LEGAL: dict[LegState, frozenset[type]] = {
     LegState.INCOMING: _PLAYOUT | {Answer, Progress, Reject, Hangup},
     LegState.EARLY: _PLAYOUT | {Answer, Progress, Reject, Hangup},
     LegState.CONNECTING: _PLAYOUT | {Hangup},
-    LegState.CONFIRMED: _PLAYOUT | {Hangup, Hold, Unhold, Refer},
+    LegState.CONFIRMED: _PLAYOUT | {Hangup, Hold, Unhold, Refer, SendDtmf, StopAnswerDetection},
     LegState.DISCONNECTED: frozenset({Hangup}),  # no effect: both sides may hang up at once
 }
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 TRANSPORTS = ("udp", "tcp", "tls")
+TRANSFER_FROM = ("ours", "caller")
+INBAND_DTMF = ("", "auto", "on", "off")
 DID_HEADERS = ("request_uri", "to", "p-called-party-id")
 _HOST = re.compile(r"(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9.-]+)(:\d{1,5})?")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,32}")
@@ -26,13 +28,13 @@ class TrunkConfig:
 
     hosts: tuple[str, ...]
     """Where its calls go, `host` or `host:port`, best first: the next one is tried when one answers 408, 5xx or nothing
-    within `failover_s`."""
+    within `failover_s`. Without a port: 5060, with tls 5061."""
 
     transport: str = "udp"
     """udp, tcp or tls."""
 
     sources: tuple[str, ...] = ()
-    """Networks (CIDR) its calls come from; empty = the addresses that `hosts` have at start."""
+    """Networks (CIDR) its calls come from; empty = the addresses that `hosts` have, as DNS says now."""
 
     registers: bool = False
     """REGISTER at the first host (RFC 3261 §10); one worker does it, however many there are."""
@@ -64,6 +66,14 @@ class TrunkConfig:
     refer_hosts: tuple[str, ...] = ()
     """Hosts (`host` or `host:port`) that a REFER in one of its calls may send us to (RFC 3515); empty = 603."""
 
+    transfer_from: str = "ours"
+    """Whose number stands in From when we call the target of a transfer by this trunk: ours (`caller_id`; the caller's
+    goes into P-Asserted-Identity where `is_identity_trusted`) or caller. A Diversion (RFC 5806) names the number that
+    was dialled."""
+
+    inband_dtmf: str = ""
+    """Keys as tones in its calls: auto, on or off, as telephony.inband_dtmf; empty = as there."""
+
     options_s: int = 0
     """An OPTIONS so often tells whether a host answers; one that does not is tried last. 0 = never; else 5-3600."""
 
@@ -91,9 +101,12 @@ class TrunkConfig:
         self._check_ranges()
 
     def _check_words(self) -> None:
-        for key, allowed in (("transport", TRANSPORTS), ("did_from", DID_HEADERS)):
+        words = {
+            "transport": TRANSPORTS, "did_from": DID_HEADERS, "transfer_from": TRANSFER_FROM, "inband_dtmf": INBAND_DTMF
+        }  # fmt: skip
+        for key, allowed in words.items():
             if getattr(self, key) not in allowed:
-                raise self.refusal(key, f"must be one of {', '.join(allowed)}")
+                raise self.refusal(key, f"must be one of {', '.join(word or 'empty' for word in allowed)}")
         for key in ("username", "password_env", "realm", "domain", "caller_id"):
             value = getattr(self, key)
             if not isinstance(value, str) or any(not char.isprintable() or char in ' "<>' for char in value):
@@ -118,6 +131,11 @@ class TrunkConfig:
     def aor_host(self) -> str:
         """Host part of the address of record (RFC 3261 §10)."""
         return self.domain or self.hosts[0]
+
+    @property
+    def default_port(self) -> int:
+        """RFC 3261 §19.1.2."""
+        return 5061 if self.transport == "tls" else 5060
 
     def uri_of(self, user: str, host: str) -> str:
         """Request-URI of a call to `user` by way of `host`."""

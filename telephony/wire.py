@@ -34,6 +34,8 @@ from telephony.leg import (
     ReferResult,
     Reject,
     Resume,
+    SendDtmf,
+    StopAnswerDetection,
     Unhold,
 )
 
@@ -81,7 +83,8 @@ class CommandRefused(_WireMessage, frozen=True):
 
 
 class TrunkChanged(_WireMessage, frozen=True):
-    """What became of a trunk: registered | unregistered | refused (its registrar said no) | up | down (OPTIONS)."""
+    """What became of a trunk: registered | unregistered | refused (its registrar said no) | up | down (OPTIONS,
+    DNS)."""
 
     trunk: str
     state: str
@@ -118,15 +121,7 @@ class PlaceCall(_WireMessage, frozen=True):
     from_user: str = ""
     display_name: str = ""
     headers: dict[str, str] = {}
-
-
-class SendDtmf(_WireMessage, frozen=True):
-    """Keys out. method: rfc4733 | info (SIP INFO, application/dtmf-relay) | inband (tones) | auto: RFC 4733 when the
-    party negotiated it, else tones."""
-
-    leg_id: str
-    digits: str
-    method: str = "auto"
+    detects_answer: bool = False  # say what the callee sounds like (`leg.AnswerEvidence`)
 
 
 class JoinLegs(_WireMessage, frozen=True):
@@ -158,7 +153,20 @@ ToAgent = (
     | TrunkChanged
     | SecurityEvent
 )
-ToWorker = PlaceCall | SendDtmf | JoinLegs | Alive | Answer | Progress | Reject | Hangup | Hold | Unhold | Refer
+ToWorker = (
+    PlaceCall
+    | JoinLegs
+    | Alive
+    | Answer
+    | Progress
+    | Reject
+    | Hangup
+    | Hold
+    | Unhold
+    | Refer
+    | SendDtmf
+    | StopAnswerDetection
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _to_agent: msgspec.msgpack.Decoder[ToAgent] = msgspec.msgpack.Decoder(ToAgent)

@@ -79,3 +79,9 @@ class VoicedEnergyMeter:
 def dbov(mean_square: float) -> float:
     """Level of int16 audio against a full-scale square wave (RFC 6464's 0 dBov)."""
     return 10 * math.log10(mean_square / 32768.0**2) if mean_square > 0 else -96.0
+
+
+def pcm_dbov(pcm: bytes) -> float:
+    """The same of int16 samples."""
+    samples = np.frombuffer(pcm, "<i2").astype(np.float32)
+    return dbov(float(samples @ samples) / len(samples))

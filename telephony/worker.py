@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 from telephony.config import TelephonyConfig
+from telephony.holdings import told
 from telephony.media_worker import Admission, MediaWorker, Sink
 from telephony.priority import run_first
 from telephony.sip.endpoint import SipEndpoint, SipError
@@ -63,6 +64,10 @@ class Worker(MediaWorker):
         for message in self._trunk_states.values():
             self._link.send(message)
 
+    def counts(self) -> dict[str, int]:
+        """What is held for calls, for whoever looks for a leak."""
+        return super().counts() | {"dialogs": self._sip.num_held}
+
     def run(self) -> None:
         """Until told to stop. Signalling is at most `_TICK_MS` late; media never waits for this loop."""
         while not self.is_over:
@@ -100,6 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
     os.dup2(2, 1)  # from here on pjsip's errors belong to stderr; our stdout was for the ready line only
     signal.signal(signal.SIGTERM, worker.on_signal)
     signal.signal(signal.SIGINT, worker.on_signal)
+    signal.signal(signal.SIGUSR1, lambda _number, _frame: os.write(ready_out, f"{told(worker.counts())}\n".encode()))
     hello = worker.hello
     ready = {
         "ready": True, "sip_address": hello.sip_address, "sip_port": hello.sip_port, "max_calls": hello.max_calls,

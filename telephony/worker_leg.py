@@ -30,12 +30,13 @@ from telephony.leg import (
     LegStateChanged,
     Play,
     PlayoutProgress,
+    SendDtmf,
 )  # fmt: skip
 from telephony.outgoing import OutgoingAudio
 from telephony.ring import LegRings, RecordKind, unpack_audio
 from telephony.sip.causes import Cause
 from telephony.states import check_legal, is_playout
-from telephony.wire import JoinLegs, LegOpened, SendDtmf, encode, ring_events
+from telephony.wire import JoinLegs, LegOpened, encode, ring_events
 
 _MAX_EVENTS = 3000  # about a minute of frames nobody took; then the oldest audio is dropped
 _REMEMBERED_ITEMS = 256
@@ -110,10 +111,8 @@ class WorkerLeg:
             self._client.send(Hangup(leg_id=self.leg_id, cause=cause))
 
     async def send_dtmf(self, digits: str, method: str = "auto") -> None:
-        """Keys out; methods: see `wire.SendDtmf`."""
-        if self.state is not LegState.CONFIRMED:
-            raise LegError(f"SendDtmf is not possible in state {self.state}")
-        self._client.send(SendDtmf(leg_id=self.leg_id, digits=digits, method=method))
+        """Keys out; methods: see `leg.SendDtmf`."""
+        await self.send(SendDtmf(leg_id=self.leg_id, digits=digits, method=method))
 
     def join(self, other: WorkerLeg) -> None:
         """Connect this party with that of another leg of the same worker; see `wire.JoinLegs`."""

@@ -58,6 +58,7 @@ NEVER_IMPORTED = {
     "mypy": "run by make check",
     "psycopg": "SQLAlchemy loads it by the database's address",
     "pytest-asyncio": "a plugin of pytest",
+    "pytest-xdist": "a plugin of pytest",
     "python-multipart": "FastAPI reads the login form with it",
     "ruff": "run by make check",
 }
@@ -81,6 +82,7 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+@cache
 def imported_names(tree: ast.AST) -> set[str]:
     """Every module an import statement names; `from a import b` gives a and a.b (b may be a module)."""
     names: set[str] = set()

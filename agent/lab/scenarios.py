@@ -53,15 +53,17 @@ def pauses(rng: random.Random) -> tuple[Step, ...]:
 
 
 def interrupt(rng: random.Random) -> tuple[Step, ...]:
-    """A request spoken into the agent's longest answer."""
+    """A request, or "no wait", spoken into the agent's longest answer."""
     after_ms = rng.choice((800, 1200, 1600))
-    return (Say(clip("what_can_you_do"), "turn"), BargeIn(clip("order_status"), after_ms, "interrupt"), _ANSWERED)
+    said = clip(rng.choice(("order_status", "hours_day", "stop")))
+    return (Say(clip("what_can_you_do"), "turn"), BargeIn(said, after_ms, "interrupt"), _ANSWERED)
 
 
 def backchannel(rng: random.Random) -> tuple[Step, ...]:
-    """ "mm-hm" into the agent's longest answer."""
+    """ "mm-hm", "okay", "right" or "uh huh" into the agent's longest answer."""
     after_ms = rng.choice((800, 1200, 1600))
-    return (Say(clip("what_can_you_do"), "turn"), BargeIn(clip("backchannel"), after_ms, "backchannel"), _ANSWERED)
+    said = clip(f"backchannel_{rng.choice(('mm_hm', 'okay', 'right', 'uh_huh'))}")
+    return (Say(clip("what_can_you_do"), "turn"), BargeIn(said, after_ms, "backchannel"), _ANSWERED)
 
 
 def keypad(rng: random.Random) -> tuple[Step, ...]:

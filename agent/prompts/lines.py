@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from policies.caller_claims import filled
+
 LINES_FILE = Path(__file__).with_name("lines.toml")
 FURTHER_LINES_FILE = Path(__file__).with_name("further_lines.toml")
 
@@ -37,8 +39,10 @@ class LineBook:
         """What a campaign may put in its own words."""
         return frozenset(self.lines)
 
-    def for_call(self, overrides: Mapping[str, tuple[str, ...]]) -> CallLines:
-        return CallLines({**self.lines, **overrides, **self.protected}, self.keypad_text)
+    def for_call(self, overrides: Mapping[str, tuple[str, ...]], claims: Mapping[str, str] | None = None) -> CallLines:
+        """`claims`: variables of this call. A sentence that needs another one is left out."""
+        own = {key: filled(sentences, claims or {}) for key, sentences in overrides.items()}
+        return CallLines({**self.lines, **own, **self.protected}, self.keypad_text)
 
 
 @dataclass

@@ -6,20 +6,21 @@
     GET  /api/calls?text=&campaign=&disposition=&state=open|closed&before=&limit=
     GET  /api/calls/{id}                     call, turns, tools, metrics, defects
     GET  /api/calls/{id}/events?after_seq=   its journal
-    GET  /api/calls/{id}/recording           WAV, caller left, agent right; Range is honoured (RFC 9110 §14)
-    GET  /api/calls/{id}/peaks?bins=         for drawing the two lanes
+    GET  /api/calls/{id}/recording           WAV, caller left, agent right; Range is honoured    (right: playback)
+    GET  /api/calls/{id}/peaks?bins=         for drawing the two lanes                          (right: playback)
     GET  /api/live?call_id=                  server-sent events, one per journal row; Last-Event-ID goes on
     GET  /api/me                             who is signed in, with which rights
     GET  /api/export/calls.csv | .json       lists of calls to take away                       (right: export)
     GET  /api/calls/{id}/listen   POST /api/calls/{id}/hang-up      hear, end a running call   (rights: listen, hang_up)
-    POST /api/calls/{id}/recording/pause | go-on                       what is kept of it         (right: recording)
+    POST /api/calls/{id}/recording/pause | go-on                       what is kept of it  (right: pause_recording)
     POST /api/browser-calls/tokens   POST /api/browser-calls        call from the page         (right: call)
     POST /api/calls                          the agent calls somebody for a campaign        (right: dial)
     GET  /api/security?kind=&limit=          what strangers and broken peers tried
-    GET  /api/openapi.json                   the same for machines        GET /healthz   is the process alive
+    GET  /api/openapi.json                   the same for machines
+    GET  /healthz  /readyz  /metrics         for machines that watch us (health.py)
 
-Everything but /login, its style sheet and icon, /healthz and the offer of a browser call (which has a token of its own)
-needs the cookie (guard.py). Views, listening, hanging up and exports are audited.
+Everything but /login, its style sheet and icon, the last line and the offer of a browser call (which has a token of its
+own) needs the cookie (guard.py). All reading of calls, hearing, hanging up and exports are audited.
 """
 
 from __future__ import annotations
@@ -32,29 +33,34 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Form, Header, HTTPException, Query, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 
 from agent.supervisor import schemas
-from agent.supervisor.auth import Door, TooManyAttempts, WrongToken
+from agent.supervisor.auth import Door, Right, TooManyAttempts, WrongToken
 from agent.supervisor.browser_calls import BrowserDesk, add_browser_calls
 from agent.supervisor.config import WebConfig
 from agent.supervisor.exports import add_exports
 from agent.supervisor.guard import Guard, cookie_name
+from agent.supervisor.health import Examine, add_health
 from agent.supervisor.interventions import add_interventions, checked
 from agent.supervisor.live import LiveTail, TooManyViews
 from agent.supervisor.outbound_calls import add_outbound_calls
+from agent.supervisor.recordings import add_recordings
+from agent.supervisor.rights import Auditor, person_with
 from storage.audit import append_audit
 from storage.entries import UnknownCall
-from storage.recordings import RecordingReader
 from storage.search import CallReader
 from storage.security import list_security_events
+from storage.unmeasured import UnmeasuredCount
 
 CONSOLE = Path(__file__).parent / "console"
 CONTENT_TYPES = {".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8", ".svg": "image/svg+xml"}
 # Wire metrics on the summary line, in this order.
 SHOWN_METRICS = ("voice_to_voice_ms", "first_word_ms", "duck_ms", "stop_ms")
-AUDIT_AGAIN_S = 600.0  # the console asks for a live call again and again: one view, not hundreds
+MAX_LISTED = 100  # calls in one answer, without the right to export
+MAX_CAUGHT_UP = 2_000  # rows of everybody's calls that a live view goes back, without it
 LOGIN_ERRORS = {
     401: "That is not the token. It was printed when the page was started for the first time.",
     429: "Too many attempts. Wait a minute, then try again.",
@@ -69,40 +75,26 @@ def _utc_now() -> dt.datetime:
 def create_app(
     reader: CallReader, live: LiveTail, config: WebConfig, *, door: Door, clock: Clock = _utc_now,
     desk: BrowserDesk | None = None, monitor_socket: Path | None = None, dial_socket: Path | None = None,
+    examine: Examine | None = None,
 ) -> FastAPI:  # fmt: skip
     """The application; `clock` is the shell's. `desk`: browser calls; `monitor_socket`, `dial_socket`: the agent's
-    (agent/monitor.py, agent/dial_socket.py). Without them the page shows calls and no more."""
+    (agent/monitor.py, agent/dial_socket.py); `examine`: would a call be taken (agent/readiness.py). Without them the
+    page shows calls and no more."""
     app = FastAPI(title="MinMo supervisors", openapi_url="/api/openapi.json", docs_url=None, redoc_url=None)
     app.add_middleware(Guard, config=config, door=door, clock=lambda: clock().timestamp())
     _add_errors(app)
     _add_console(app)
     _add_session(app, reader, door, config, clock)
-    _add_calls(app, reader, clock, _Auditor(reader, clock))
-    _add_live(app, live, door, config, clock)
+    auditor = Auditor(reader, clock)
+    _add_calls(app, reader, clock, auditor)
+    _add_live(app, reader, live, door, config, clock, auditor)
+    add_recordings(app, reader, auditor)
+    add_health(app, reader, config, examine)
     add_exports(app, reader, clock)
     add_interventions(app, reader, clock, monitor_socket)
     add_browser_calls(app, reader, clock, desk)
     add_outbound_calls(app, reader, clock, dial_socket)
     return app
-
-
-class _Auditor:
-    """Writes who looked at what, once per person, object and AUDIT_AGAIN_S."""
-
-    def __init__(self, reader: CallReader, clock: Clock) -> None:
-        self._reader = reader
-        self._clock = clock
-        self._last: dict[tuple[str, str, str], dt.datetime] = {}
-
-    def note(self, request: Request, action: str, object_id: str) -> None:
-        now, actor = self._clock(), request.state.person.name
-        last = self._last.get((actor, action, object_id))
-        if last is not None and (now - last).total_seconds() < AUDIT_AGAIN_S:
-            return
-        append_audit(self._reader.engine, actor, action, now=now, object_id=object_id)
-        if len(self._last) > 10_000:
-            self._last.clear()
-        self._last[(actor, action, object_id)] = now
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -134,10 +126,6 @@ def _add_console(app: FastAPI) -> None:
         if name not in assets:
             raise HTTPException(404, "no such file")
         return Response(assets[name], media_type=CONTENT_TYPES[Path(name).suffix])
-
-    @app.get("/healthz")
-    def healthz() -> dict[str, str]:
-        return {"status": "ok"}
 
 
 def _add_session(app: FastAPI, reader: CallReader, door: Door, config: WebConfig, clock: Clock) -> None:
@@ -187,16 +175,23 @@ def _add_session(app: FastAPI, reader: CallReader, door: Door, config: WebConfig
         return response
 
 
-def _add_calls(app: FastAPI, reader: CallReader, clock: Clock, auditor: _Auditor) -> None:
+def _add_calls(app: FastAPI, reader: CallReader, clock: Clock, auditor: Auditor) -> None:
+    unmeasured = UnmeasuredCount(reader)
+
     @app.get("/api/summary", response_model=schemas.Summary)
     def summary(hours: Annotated[int, Query(ge=1, le=744)] = 24) -> dict[str, Any]:
         since = clock() - dt.timedelta(hours=hours)
         values = {name: reader.get_metric_values(name, since=since) for name in SHOWN_METRICS}
         latencies = [percentiles(name, found) for name, found in values.items() if found]
-        return {"num_open_calls": reader.num_open_calls(), "latencies": latencies, "hours": hours}
+        num_calls, num_turns = unmeasured.since(since)
+        return {
+            "num_open_calls": reader.num_open_calls(), "latencies": latencies, "hours": hours,
+            "num_unmeasured_calls": num_calls, "num_unmeasured_turns": num_turns,
+        }  # fmt: skip
 
     @app.get("/api/calls", response_model=schemas.CallList)
     def list_calls(
+        request: Request,
         text: Annotated[str, Query(max_length=200)] = "",
         campaign: Annotated[str, Query(max_length=64)] = "",
         disposition: Annotated[str, Query(max_length=32)] = "",
@@ -204,8 +199,13 @@ def _add_calls(app: FastAPI, reader: CallReader, clock: Clock, auditor: _Auditor
         before: schemas.UtcTime | None = None,
         limit: Annotated[int, Query(ge=1, le=500)] = 50,
     ) -> dict[str, Any]:
+        """More than MAX_LISTED at once needs the right `export`."""
+        if limit > MAX_LISTED:
+            person_with(request, Right.EXPORT)
         is_open = None if state is None else state == "open"
         filters = {"text": text, "campaign": campaign, "disposition": disposition}
+        asked = filters | {"state": state or "", "before": str(before or ""), "limit": limit}
+        auditor.note(request, "list", filters={key: value for key, value in asked.items() if value})
         return {"calls": reader.list_calls(limit=limit, before=before, is_open=is_open, **filters)}
 
     @app.get("/api/security", response_model=schemas.SecurityEventList)
@@ -227,25 +227,10 @@ def _add_calls(app: FastAPI, reader: CallReader, clock: Clock, auditor: _Auditor
         auditor.note(request, "view", checked(call_id))
         return {"events": reader.get_events(call_id, after_seq=after_seq)}
 
-    @app.get("/api/calls/{call_id}/peaks", response_model=schemas.Peaks)
-    def get_peaks(call_id: str, bins: Annotated[int, Query(ge=10, le=2_000)] = 600) -> dict[str, Any]:
-        recording = _recording(reader, call_id)
-        peaks = recording.peaks(bins)
-        seconds = recording.num_samples / recording.sample_rate_hz
-        return {"seconds": seconds, "caller": [caller for caller, _ in peaks], "agent": [agent for _, agent in peaks]}
 
-    @app.head("/api/calls/{call_id}/recording", response_class=Response, include_in_schema=False)
-    @app.get("/api/calls/{call_id}/recording", response_class=Response)
-    def get_recording(
-        request: Request, call_id: str, range_header: Annotated[str, Header(alias="range")] = ""
-    ) -> Response:
-        recording = _recording(reader, call_id)
-        if request.method == "GET":
-            auditor.note(request, "listen", call_id)
-        return _wav_response(recording, range_header, has_body=request.method == "GET")
-
-
-def _add_live(app: FastAPI, live: LiveTail, door: Door, config: WebConfig, clock: Clock) -> None:
+def _add_live(
+    app: FastAPI, reader: CallReader, live: LiveTail, door: Door, config: WebConfig, clock: Clock, auditor: Auditor
+) -> None:
     @app.get("/api/live", response_class=StreamingResponse)
     async def follow(
         request: Request,
@@ -253,11 +238,14 @@ def _add_live(app: FastAPI, live: LiveTail, door: Door, config: WebConfig, clock
         after_id: Annotated[int | None, Query(ge=0, lt=1 << 63)] = None,
         last_event_id: Annotated[str, Header()] = "",
     ) -> Response:
-        """Server-sent events `journal`: {call_id, seq, kind, payload, at}."""
+        """Server-sent events `journal`: {call_id, seq, kind, payload, at}. Of all calls, from far back: `export`."""
         if call_id:
             checked(call_id)
         if re.fullmatch(r"\d{1,18}", last_event_id):
             after_id = int(last_event_id)
+        if after_id is not None and not call_id and Right.EXPORT not in request.state.person.rights:
+            after_id = max(after_id, await run_in_threadpool(reader.last_journal_id) - MAX_CAUGHT_UP)
+        await run_in_threadpool(auditor.note, request, "follow", call_id)
         try:
             live.check_room()
         except TooManyViews:
@@ -279,44 +267,3 @@ def percentiles(name: str, values: list[float]) -> dict[str, Any]:
         return ranked[max(0, math.ceil(share * len(ranked)) - 1)]
 
     return {"name": name, "n": len(ranked), "p50": at(0.50), "p95": at(0.95)}
-
-
-def _recording(reader: CallReader, call_id: str) -> RecordingReader:
-    recording = reader.open_recording(checked(call_id))
-    if recording is None:
-        raise HTTPException(404, "no recording")
-    return recording
-
-
-def _wav_response(recording: RecordingReader, range_header: str, *, has_body: bool) -> Response:
-    size = recording.num_bytes
-    headers = {"accept-ranges": "bytes", "content-disposition": 'inline; filename="call.wav"'}
-    wanted = parse_range(range_header, size)
-    if wanted is None:
-        return Response(status_code=416, headers=headers | {"content-range": f"bytes */{size}"})
-    first, last = wanted
-    headers["content-length"] = str(last - first + 1)
-    is_part = range_header.startswith("bytes=") and (first, last) != (0, size - 1)
-    if is_part or range_header.startswith("bytes=0-"):
-        headers["content-range"] = f"bytes {first}-{last}/{size}"
-        is_part = True
-    body = recording.read(first, last) if has_body else iter(())
-    return StreamingResponse(body, status_code=206 if is_part else 200, media_type="audio/wav", headers=headers)
-
-
-def parse_range(header: str, size: int) -> tuple[int, int] | None:
-    """First and last byte (inclusive); the whole when there is no range or several; None when it cannot be satisfied.
-
-    RFC 9110 §14.1.2: "bytes=0-99", "bytes=100-", "bytes=-100" (the last hundred). Examples for size 1000: (0, 99),
-    (100, 999), (900, 999).
-    """
-    match = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", header.strip())
-    if match is None or match.groups() == ("", ""):
-        return 0, size - 1
-    first_text, last_text = match.groups()
-    if first_text == "":
-        length = min(int(last_text), size)
-        return (size - length, size - 1) if length else None
-    first = int(first_text)
-    last = min(int(last_text), size - 1) if last_text else size - 1
-    return (first, last) if first <= last else None

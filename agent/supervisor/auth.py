@@ -1,8 +1,8 @@
 """Who may see the page, and what each may do there: a token for each person, then a signed cookie.
 
 The first start makes the token of `supervisor`, who has every right; `minmo access add NAME` makes more, with the
-rights named. Seeing calls needs none; hearing a running call, ending it, taking lists away and calling from the page
-do.
+rights named. Seeing calls and transcripts needs none; hearing one, running or recorded, ending it, reading in bulk and
+calling from the page do.
 
 The token is shown once, in the terminal; on disk only its hash is kept, in a file of mode 0600 beside the key that
 signs cookies. A cookie is `expiry.nonce.signature`; signing out raises the generation, which ends every session there
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import os
 import re
 import secrets
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import msgspec
 
+log = logging.getLogger(__name__)
 MAX_FAILURES, WINDOW_S = 5, 60.0
 MAX_SOURCES = 1_024  # oldest forgotten first; bounds memory under a flood
 
@@ -34,9 +36,10 @@ _NAME = re.compile(r"[a-z0-9_]{1,32}")
 
 class Right(StrEnum):
     LISTEN = "listen"  # hear a running call
+    PLAYBACK = "playback"  # hear the recordings of calls
     HANG_UP = "hang_up"  # end a running call
-    RECORDING = "recording"  # pause the recording of a running call, and let it go on
-    EXPORT = "export"  # take lists of calls away
+    PAUSE_RECORDING = "pause_recording"  # pause the recording of a running call, and let it go on
+    EXPORT = "export"  # take lists of calls away, and read more than a page of them at once
     CALL = "call"  # call the agent from the page
     DIAL = "dial"  # let the agent call somebody for a campaign
 
@@ -84,6 +87,27 @@ class _State:
     signing_key: str
     generation: int = 0
     people: dict[str, _Entry] = field(default_factory=dict)
+    version: int = 2
+
+
+@dataclass
+class _OldEntry:
+    token_sha256: str
+    rights: list[str]
+
+
+@dataclass
+class _OldState:
+    """Version 1: `recording` was the right to pause, and hearing what was recorded needed none."""
+
+    token_sha256: str
+    signing_key: str
+    generation: int = 0
+    people: dict[str, _OldEntry] = field(default_factory=dict)
+
+
+class _Version(msgspec.Struct):
+    version: int = 1
 
 
 class Door:
@@ -104,7 +128,7 @@ class Door:
             mode = path.stat().st_mode & 0o777
             if mode & 0o077:
                 raise UnsafeStateFile(f"{path} has mode {mode:04o}: must be 0600 (chmod 600 {path})")
-            state = msgspec.json.decode(path.read_bytes(), type=_State)
+            state = _read(path)
             if not is_new_token_wanted:
                 return cls(path, state, session_s=session_s), None
             people = state.people  # a new token for the first person takes nobody else's
@@ -157,6 +181,15 @@ class Door:
         self._save()
         return token
 
+    def change_rights(self, name: str, rights: frozenset[Right]) -> bool:
+        """From now on these and no others; token and sessions stay. False when there is no such person."""
+        self._read_again()
+        if (entry := self._state.people.get(name)) is None:
+            return False
+        entry.rights = sorted(rights)
+        self._save()
+        return True
+
     def remove_person(self, name: str) -> bool:
         """Ends the token and every session of this person; False when there is none."""
         self._read_again()
@@ -184,7 +217,7 @@ class Door:
         """`minmo access` in another process may have changed the file."""
         changed_at_ns = _changed_at_ns(self._path)
         if changed_at_ns not in (0, self._read_at_ns):
-            self._state = msgspec.json.decode(self._path.read_bytes(), type=_State)
+            self._state = _read(self._path)
             self._read_at_ns = changed_at_ns
 
     def sign_out_everywhere(self) -> None:
@@ -209,6 +242,24 @@ class Door:
             os.fsync(file.fileno())
         part.rename(self._path)
         self._read_at_ns = _changed_at_ns(self._path)
+
+
+def _read(path: Path) -> _State:
+    """The state; of version 1 as what it means today. Who could hear running calls may go on to hear recorded ones,
+    nobody else: that is said aloud, until the file is next written."""
+    content = path.read_bytes()
+    if msgspec.json.decode(content, type=_Version).version > 1:
+        return msgspec.json.decode(content, type=_State)
+    old = msgspec.json.decode(content, type=_OldState)
+    people = {}
+    for name, entry in old.people.items():
+        rights = {Right.PAUSE_RECORDING if right == "recording" else Right(right) for right in entry.rights}
+        if Right.LISTEN in rights:
+            rights.add(Right.PLAYBACK)
+        else:
+            log.warning("%s can no longer hear recordings; with the right playback: minmo access change", name)
+        people[name] = _Entry(entry.token_sha256, sorted(rights))
+    return _State(old.token_sha256, old.signing_key, old.generation, people)
 
 
 def _changed_at_ns(path: Path) -> int:

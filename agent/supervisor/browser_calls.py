@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fastapi import FastAPI, HTTPException, Request
+from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, Field
 
 from agent.supervisor.auth import Right
@@ -82,7 +83,7 @@ def add_browser_calls(
         if desk is None or off_because:
             raise HTTPException(503, off_because)
         try:
-            ticket = desk.tickets.take(made.token, clock().timestamp())
+            ticket = await run_in_threadpool(desk.tickets.take, made.token, clock().timestamp())
         except TokenRefused as error:
             raise HTTPException(401, str(error)) from None
         source = f"{request.client.host}:{request.client.port}" if request.client else ""

@@ -37,6 +37,10 @@ class WebConfig:
     max_live_views: int = 32
     """Live streams open at once; one more is refused with 503."""
 
+    metrics_token_file: str = ""
+    """File with the token that opens /metrics (Prometheus: authorization credentials_file), at least 16 characters.
+    Empty = only programs on this machine may read it, and nobody behind a proxy."""
+
     def __post_init__(self) -> None:
         for key, low, high in (
             ("port", 0, 65_535),
@@ -52,6 +56,7 @@ class WebConfig:
         for key in ("tls_cert_file", "tls_key_file"):
             if getattr(self, key) and not Path(getattr(self, key)).is_file():
                 raise WebConfigError(f"web.{key} = {getattr(self, key)!r}: must be a readable file")
+        self.read_metrics_token()
         if self.is_behind_proxy and not self.allowed_hosts:
             raise WebConfigError("web.is_behind_proxy = true: web.allowed_hosts must name what browsers ask for")
         if not (is_loopback(self.host) or self.tls_cert_file or self.is_behind_proxy):
@@ -59,6 +64,19 @@ class WebConfig:
                 f"web.host = {self.host!r}: a public bind needs web.tls_cert_file and web.tls_key_file, or "
                 "web.is_behind_proxy = true; loopback (127.0.0.1) needs neither"
             )
+
+    def read_metrics_token(self) -> str:
+        """Empty when there is none."""
+        path = self.metrics_token_file
+        if not path:
+            return ""
+        try:
+            token = Path(path).read_text(encoding="ascii").strip()
+        except (OSError, ValueError):
+            raise WebConfigError(f"web.metrics_token_file = {path!r}: must be a readable file of ASCII") from None
+        if len(token) < 16 or not token.isprintable() or " " in token:
+            raise WebConfigError(f"web.metrics_token_file = {path!r}: must hold one word of at least 16 characters")
+        return token
 
     @property
     def is_https(self) -> bool:

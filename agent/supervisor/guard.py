@@ -23,8 +23,8 @@ OFFER_PATH = "/api/browser-calls"  # opened by a call token instead of a session
 MAX_OFFER_BYTES = 65_536  # an SDP with many candidates
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 OPEN_PATHS = frozenset(
-    {"/login", "/healthz", "/console/console.css", "/console/icon.svg", OFFER_PATH}
-)  # seen without signing in
+    {"/login", "/healthz", "/readyz", "/metrics", "/console/console.css", "/console/icon.svg", OFFER_PATH}
+)  # seen without signing in; /metrics asks for itself (health.py)
 # No inline script or style, nothing from elsewhere, no frame around us.
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; media-src 'self'; img-src 'self'; "

@@ -67,7 +67,7 @@ def add_interventions(
     @app.post("/api/calls/{call_id}/recording/{wanted}")
     async def keep_recording(request: Request, call_id: str, wanted: Literal["pause", "go-on"]) -> dict[str, str]:
         """From now on silence is kept in the place of the sound, or the sound again; the call's journal says who."""
-        person = person_with(request, Right.RECORDING)
+        person = person_with(request, Right.PAUSE_RECORDING)
         socket = agent_socket()
         await _audit(person.name, f"recording_{wanted.replace('-', '_')}", checked(call_id))
         try:

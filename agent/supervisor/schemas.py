@@ -114,8 +114,18 @@ class Recording(_Answer):
     sample_rate_hz: int
 
 
+class Line(_Answer):
+    """By which line a call came, and what it claims of the caller: `headers` are those that the campaign reads."""
+
+    trunk: str
+    is_withheld: bool
+    is_asserted: bool
+    headers: dict[str, str]
+
+
 class CallDetail(CallSummary):
     source_address: str
+    line: Line | None = None
     campaign_version: str
     end_sample: int | None
     sample_rate_hz: int
@@ -180,6 +190,8 @@ class Summary(_Answer):
     num_open_calls: int
     latencies: list[Percentiles]  # of the last `hours`
     hours: int
+    num_unmeasured_calls: int  # that ended in them and have answers without a latency
+    num_unmeasured_turns: int
 
 
 class BrowserCalls(_Answer):

@@ -8,16 +8,19 @@ Nothing else runs in here, and nothing waits for it: it may be killed at any tim
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
 import importlib.util
 import os
 import secrets
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import uvicorn
 
+from agent.readiness import Readiness
 from agent.supervisor.api import create_app
 from agent.supervisor.auth import Door
 from agent.supervisor.browser_calls import BrowserDesk
@@ -25,6 +28,7 @@ from agent.supervisor.config import WebConfig
 from agent.supervisor.live import LiveTail
 from storage.config import StorageConfig
 from storage.search import CallReader
+from storage.spent_tokens import spend_call_token
 from telephony.webrtc.config import WebRtcConfig, read_secret
 from telephony.webrtc.signaling import WorkerChoice
 from telephony.webrtc.tickets import TicketOffice
@@ -39,14 +43,15 @@ def run_web(
     is_new_token_wanted: bool = False,
     parent_pid: int | None = None,
     on_ready: Callable[[str], None] | None = None,
-    desk: BrowserDesk | None = None,
+    make_desk: Callable[[CallReader], BrowserDesk] | None = None,
     monitor_socket: Path | None = None,
     dial_socket: Path | None = None,
+    examine: Callable[[CallReader], Awaitable[Readiness]] | None = None,
 ) -> None:
     """Serves the page in this process.
 
-    `on_ready` gets the address; with `parent_pid` the page ends when that is gone. `desk` and the sockets: see
-    `create_app`.
+    `on_ready` gets the address; with `parent_pid` the page ends when that is gone. `make_desk` (`browser_desk`) and the
+    sockets: see `create_app`.
     """
     listener = _bind(config)
     url = f"{'https' if config.tls_cert_file else 'http'}://{_shown(config.host)}:{listener.getsockname()[1]}/"
@@ -57,7 +62,11 @@ def run_web(
         on_ready(url)
     reader = CallReader.open(storage)
     live = LiveTail(reader, poll_ms=config.poll_ms, max_views=config.max_live_views)
-    app = create_app(reader, live, config, door=door, desk=desk, monitor_socket=monitor_socket, dial_socket=dial_socket)
+    desk = make_desk(reader) if make_desk is not None else None
+    app = create_app(
+        reader, live, config, door=door, desk=desk, monitor_socket=monitor_socket, dial_socket=dial_socket,
+        examine=partial(examine, reader) if examine is not None else None,
+    )  # fmt: skip
     server = uvicorn.Server(
         uvicorn.Config(
             app,
@@ -78,8 +87,15 @@ def run_web(
         listener.close()
 
 
-def browser_desk(settings: WebRtcConfig, offer_sockets: list[Path], answer_timeout_s: float) -> BrowserDesk:
+def browser_desk(
+    settings: WebRtcConfig, offer_sockets: list[Path], answer_timeout_s: float, reader: CallReader
+) -> BrowserDesk:
     """For `create_app`, from the settings."""
+
+    def spend(nonce: str, expires_at_s: float, now_s: float) -> bool:
+        at, now = (dt.datetime.fromtimestamp(seconds, dt.UTC) for seconds in (expires_at_s, now_s))
+        return spend_call_token(reader.engine, nonce, expires_at=at, now=now)
+
     off_because = "" if settings.num_workers else "calls from browsers are switched off (webrtc.num_workers = 0)"
     if importlib.util.find_spec("aiortc") is None:
         off_because = "calls from browsers need the optional packages: pip install 'minmo-agent[webrtc]'"
@@ -90,7 +106,7 @@ def browser_desk(settings: WebRtcConfig, offer_sockets: list[Path], answer_timeo
     )
     turn = read_secret("turn_secret_file", settings.turn_secret_file) if settings.turn_secret_file else b""
     workers = WorkerChoice(offer_sockets, answer_timeout_s + 5.0)
-    return BrowserDesk(settings, TicketOffice(signing, settings.start_within_s), workers, turn, off_because)
+    return BrowserDesk(settings, TicketOffice(signing, settings.start_within_s, spend), workers, turn, off_because)
 
 
 async def _serve(server: uvicorn.Server, listener: socket.socket, live: LiveTail, parent_pid: int | None) -> None:

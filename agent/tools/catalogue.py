@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
+_KEYS = re.compile(r"[0-9*#A-D]{1,16}")  # of a menu, a door, an extension; longer numbers are dialled, not pressed
 _ASKED_TODAY = ("today", "tomorrow")
 
 
@@ -20,6 +21,7 @@ class CallFrame:
 
     order_digits: int
     today: int  # weekday, 0 = monday
+    claims: Mapping[str, str] = field(default_factory=dict)  # of the caller's line: for arguments the model leaves out
 
 
 def _order_number(value: str, frame: CallFrame) -> str | None:
@@ -35,8 +37,13 @@ def _day(value: str, frame: CallFrame) -> str | None:
     return word if word in WEEKDAYS else None
 
 
+def _keys(value: str, _frame: CallFrame) -> str | None:
+    keys = re.sub(r"[\s,-]", "", value).upper()
+    return keys if _KEYS.fullmatch(keys) else None
+
+
 Validator = Callable[[str, CallFrame], str | None]
-_VALIDATORS: Mapping[str, Validator] = {"order_number": _order_number, "day": _day}
+_VALIDATORS: Mapping[str, Validator] = {"order_number": _order_number, "day": _day, "keys": _keys}
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ TOOLS: Mapping[str, Tool] = {
         Tool("transfer", has_side_effect=True),
         Tool("hang_up", has_side_effect=True),
         Tool("request_callback", has_side_effect=True),
+        Tool("send_keys", ("keys",), has_side_effect=True),
         Tool("pause_recording"),  # no side effect that must wait: what is not kept harms nobody
         Tool("go_on_recording"),
     )
@@ -86,9 +94,10 @@ def validate(name: str, arguments: Mapping[str, str], allowed: tuple[str, ...], 
         raise BadArguments(unknown[0], f"{name} takes no {unknown[0]!r}")
     clean = {}
     for parameter in tool.parameters:
-        value = _VALIDATORS[parameter](arguments.get(parameter, ""), frame)
+        said = arguments.get(parameter, "") or frame.claims.get(parameter, "")
+        value = _VALIDATORS[parameter](said, frame)
         if value is None:
-            raise BadArguments(parameter, f"{parameter} {arguments.get(parameter, '')!r} is not valid")
+            raise BadArguments(parameter, f"{parameter} {said!r} is not valid")
         clean[parameter] = value
     return clean
 

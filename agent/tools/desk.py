@@ -34,9 +34,11 @@ class ToolDesk:
     frame: CallFrame
     pending: dict[str, PendingTool] = field(default_factory=dict)
 
-    def request(self, asked: ToolCallRequested) -> list[DeskAction]:
+    def request(self, asked: ToolCallRequested, refused_because: str = "") -> list[DeskAction]:
         """Phase one begins, or the model hears at once why not."""
         try:
+            if refused_because:
+                raise BadArguments("", refused_because)
             arguments = validate(asked.name, asked.arguments, self.allowed, self.frame)
         except BadArguments as error:
             content = refusal_line(asked.name, error)

@@ -54,6 +54,8 @@ class Shop:
                 return ("status connecting" if self.can_transfer else "status busy"), True, {}
             case "request_callback":
                 return "result stored", True, {}
+            case "send_keys":
+                return "result sent", True, {}
             case "pause_recording":
                 return "result paused", True, {}
             case "go_on_recording":

@@ -197,10 +197,7 @@ class Bench:
 
     def _bytes(self) -> int:
         """What the calls hold: caches, not weights."""
-        runner = self.engine.runner
-        tensors = [*runner.llm_cache.keys, *runner.llm_cache.values]
-        tensors += [*runner.sound.voice_cache.keys, *runner.sound.voice_cache.values]
-        return sum(t.numel() * t.element_size() for t in tensors) + runner.sound.flow_cache.num_bytes
+        return self.engine.runner.num_cache_bytes
 
 
 def measure_calls(

@@ -41,6 +41,11 @@ class KvCache:
         self.lengths = [0] * num_slots
         self.max_length = max_length
 
+    @property
+    def num_bytes(self) -> int:
+        """As allocated."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
     def reset(self, slot: int) -> None:
         """Empty a slot. Zeroed, not only shortened: a NaN left behind would reach its next owner through 0 * NaN."""
         for keys, values in zip(self.keys, self.values, strict=True):

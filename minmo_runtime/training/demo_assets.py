@@ -36,7 +36,11 @@ SENTENCES = {
     "what_can_you_do": "what can you help with",
     "hours_day": "on saturday are you open",
     "goodbye": "great bye",
-    "backchannel": "mm hm",
+    "stop": "no wait",
+    "backchannel_mm_hm": "[[m-h'm-]]",  # espeak-ng would spell "mm hm" letter by letter
+    "backchannel_okay": "okay",
+    "backchannel_right": "right",
+    "backchannel_uh_huh": "uh huh",
 }
 
 

@@ -6,6 +6,9 @@ and interrupt are moved so that 0.5, the threshold of the turn taking, is where 
 fewest take-overs with delays no longer than the bridge's, and the fewest stops for backchannels and noise with no fewer
 interruptions found. Score and gate: the other half, against the bridge (duplex_score.py). The pieces of a part of the
 training scenes are hidden, so that it does not live on known phrases alone.
+
+Where a predictor of this encoder is there already, it is the start and, while the agent is silent, the teacher: what it
+knows of ends and pauses stays as it is, and what is learned anew is what a voice over the agent means.
 """
 
 from __future__ import annotations
@@ -42,7 +45,6 @@ _MARK_KINDS = (
 )  # fmt: skip
 _ODDS = np.exp(np.linspace(-4.0, 4.0, 33))
 DELAY_WEIGHT = 0.2  # a second of silence at p90 weighs as twenty points of pauses taken
-LATER_INTERRUPTS = 0.05  # share that may be noticed later: it halves the stops on "mm hm" and noise
 MAX_UNANSWERED = 0.0  # on the scenes that choose the point; the gate allows 1 % on the others
 
 
@@ -122,8 +124,9 @@ def posteriors(predictor: DuplexPredictor, scenes: Scenes) -> list[np.ndarray]:
     return found
 
 
-def operating_point(scenes: list[Judged], bridge: dict[str, float]) -> dict[str, float]:
-    """Odds by which user_waits, user_done and interrupt are divided (see the module)."""
+def operating_point(scenes: list[Judged], bridge: dict[str, float], is_taught: bool = False) -> dict[str, float]:
+    """Odds by which user_waits, user_done and interrupt are divided (see the module); the teacher's point holds for
+    the first two."""
 
     def trial(**odds: float) -> dict[str, float]:
         moved = []
@@ -140,7 +143,7 @@ def operating_point(scenes: list[Judged], bridge: dict[str, float]) -> dict[str,
 
     # An end that is taken for "one moment" leaves the caller in silence: user_waits is only ever made less likely.
     best: tuple[float, float, float] = (2.0, 1.0, 1.0)
-    for waits in _ODDS[_ODDS >= 1.0][::5]:
+    for waits in () if is_taught else _ODDS[_ODDS >= 1.0][::5]:
         for done in _ODDS:
             found = trial(user_waits=waits, user_done=done)
             if is_answered(found):
@@ -149,10 +152,7 @@ def operating_point(scenes: list[Judged], bridge: dict[str, float]) -> dict[str,
     interrupt = 1.0
     for odds in _ODDS:  # as careful as it may be while no fewer interruptions are found
         found = trial(interrupt=odds)
-        if (
-            found["interrupts_1s"] >= bridge["interrupts_1s"] - LATER_INTERRUPTS
-            and found["interrupts_640ms"] >= bridge["interrupts_640ms"] - LATER_INTERRUPTS
-        ):
+        if found["interrupts_1s"] >= bridge["interrupts_1s"]:
             interrupt = float(odds)
     return {"user_waits": best[1], "user_done": best[2], "interrupt": interrupt}
 
@@ -180,6 +180,23 @@ def weighted_loss(log_probs: Tensor, steps: StepInputs, labels: Tensor, overlap_
     weights = torch.where(is_overlap, overlap_weight, 1.0)[mask]
     losses = nn.functional.nll_loss(log_probs[mask].float(), labels[mask], reduction="none")
     return (losses * weights).sum() / weights.sum()
+
+
+def taught_loss(log_probs: Tensor, teacher: DuplexPredictor, steps: StepInputs, mask: Tensor) -> Tensor:
+    """Cross entropy to the teacher's posterior, mean over the steps of `mask` [B, T]."""
+    with torch.no_grad():
+        wanted = teacher(steps).exp()[mask]
+    return -(wanted * log_probs[mask].clamp(min=-30.0)).sum(-1).mean()  # a masked class is -inf, and not wanted
+
+
+def predictor_before(stage: StageConfig, work_dir: Path, dims: DuplexDims) -> DuplexPredictor | None:
+    """The one that was shipped before this stage ran, if its sizes are ours."""
+    path = stage.folder(work_dir) / "before" / part_file(work_dir, PART).name
+    if not path.exists():
+        return None
+    teacher = DuplexPredictor(dims)
+    teacher.load_state_dict({name: tensor.float() for name, tensor in load_tensors(path)[0].items()})
+    return teacher.eval()
 
 
 def evaluate(predictor: DuplexPredictor, held: Scenes) -> dict[str, float]:
@@ -227,6 +244,9 @@ def run(stage: StageConfig, work_dir: Path, budget_s: float) -> dict[str, float]
     scenes, held = prepare(stage, work_dir, dims)
     torch.manual_seed(stage.seed)
     predictor = DuplexPredictor(dims)
+    teacher = predictor_before(stage, work_dir, dims)
+    if teacher is not None:
+        predictor.load_state_dict(teacher.state_dict())
     with only_trainable(stage, {PART: predictor}):
         loop = StepLoop(
             predictor, LoopSettings.from_table(settings), stage.folder(work_dir), budget_s, lambda n, p: False
@@ -236,14 +256,18 @@ def run(stage: StageConfig, work_dir: Path, budget_s: float) -> dict[str, float]
             rng = np.random.default_rng([stage.seed, step])
             steps, labels = scenes.batch(rng.integers(0, len(scenes), settings["batch_size"]))
             log_probs = predictor(hide_pieces(steps, rng, settings["hidden_pieces_share"]))
-            return weighted_loss(log_probs, steps, labels, settings["overlap_weight"])
+            if teacher is None:
+                return weighted_loss(log_probs, steps, labels, settings["overlap_weight"])
+            spoken = labels.masked_fill(~steps.agent_speaks, IGNORED)
+            taught = taught_loss(log_probs, teacher, steps, (labels != IGNORED) & ~steps.agent_speaks)
+            return weighted_loss(log_probs, steps, spoken, settings["overlap_weight"]) + taught
 
         loop.run(loss_of, lambda: None, lambda line: print(line, flush=True))
     predictor.load_state_dict(loop.averaged_state())
     choosing = range(len(held) // 2)
     chances = posteriors(predictor, held)
     bridge = score([held.judged(i, bridge_chances(held.rows["facts"][i])) for i in choosing])
-    odds = operating_point([held.judged(i, chances[i]) for i in choosing], bridge)
+    odds = operating_point([held.judged(i, chances[i]) for i in choosing], bridge, is_taught=teacher is not None)
     set_operating_point(predictor, odds)
     ship(work_dir, predictor, held.encoder_hash)
     scores = evaluate(load_predictor(part_file(work_dir, PART)), held)

@@ -21,7 +21,13 @@ from minmo_runtime.training import channel, corpus, sentences, synthesis
 from minmo_runtime.training.spoken import RATE_HZ, Mouth
 
 LABEL = {name: index for index, name in enumerate(CLASSES)}
-# espeak-ng spells "mm hm" and "mhm" letter by letter; these it can say.
+# The commonest of all backchannels. espeak-ng spells "mm hm" and "mhm" letter by letter, so they are given as phonemes.
+HUMS = {
+    "train": ("[[m-h'm-]]", "[[@mh'@m]]", "[[m-m-]]", "[[m'h@m]]", "[[m-m'm-]]", "[[m-h'Vm]]"),
+    "held": ("[[m-h'@m]]", "[[h'm-]]", "[[@m'hm-]]"),
+}
+_HUM_SHARE = 0.3
+_AGENT_ONLY_S = 6.0  # after which no further overlap begins
 BACKCHANNELS = {
     "train": (
         "uh huh", "right", "yes", "yeah", "i see", "sure", "got it", "oh", "good", "ah okay", "hm", "oh yes", "aha",
@@ -91,8 +97,11 @@ class SceneWriter:
         self.prosody = synthesis.random_caller_prosody(self.rng)
 
     def write(self) -> Scene:
-        kind = self.rng.choice(["caller", "agent_first", "caller_first"], p=[0.34, 0.34, 0.32])
-        if kind == "agent_first":
+        kind = self.rng.choice(["caller", "agent_first", "caller_first", "agent_only"])
+        if kind == "agent_only":
+            while self.at < _AGENT_ONLY_S * RATE_HZ and not self.agent_phase():
+                pass
+        elif kind == "agent_first":
             if not self.agent_phase():
                 self.silence(self.rng.uniform(0.2, 1.2), "idle")
                 self.caller_phase(2.4)
@@ -186,7 +195,8 @@ class SceneWriter:
             self._interrupt()
             return True
         if kind == "backchannel":
-            self.add(self.say(self.random.choice(BACKCHANNELS[self.split])), "backchannel", True)
+            kinds = HUMS if self.rng.random() < _HUM_SHARE else BACKCHANNELS
+            self.add(self.say(self.random.choice(kinds[self.split])), "backchannel", True)
         elif kind == "noise":
             self.add(self._noise(), "idle", True)
         if kind != "nothing":
@@ -204,8 +214,9 @@ class SceneWriter:
         else:
             text = " ".join(self._words(False))
         wave, begin = self.say(text), self.at
-        # The agent falls silent here; held-out scenes leave the time in which a late decision is still counted.
-        stop = int((self.rng.uniform(0.35, 1.0) if self.split == "train" else 1.2) * RATE_HZ)
+        # The agent falls silent here, often only after a short "stop" has ended: service holds first and decides later.
+        # Held-out scenes leave the time in which a late decision is still counted.
+        stop = int((self.rng.uniform(0.35, 1.5) if self.split == "train" else 1.2) * RATE_HZ)
         self.add(wave[:stop], "interrupt", True)
         self.marks.append(Mark("interrupt", begin, begin + len(wave)))
         if len(wave) > stop:

@@ -34,8 +34,8 @@ class FloorRules:
     user_done_probability: float = 0.5
     interrupt_probability: float = 0.5
     noise_probability: float = 0.75
-    decide_min_s: float = 0.3
-    decide_max_s: float = 0.7
+    decide_min_s: float = 0.5
+    decide_max_s: float = 0.9
     burst_silence_s: float = 0.1
     burst_voiced_s: float = 0.3
 

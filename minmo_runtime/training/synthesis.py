@@ -44,6 +44,7 @@ AGENT_PITCH = 45
 AGENT_PITCH_RANGE = 55
 
 _PHONEME_EVENT = 7  # espeakEVENT_PHONEME
+_READS_TEXT = 1 | 0x100  # espeakCHARS_UTF8 | espeakPHONEMES
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ class Espeak:
         return 0
 
     def synthesise(self, text: str, voice: str, prosody: Prosody = Prosody()) -> tuple[np.ndarray, list[PhonemeEvent]]:
-        """Speak `text`: float32 waveform in [-1, 1] at 22.05 kHz, and its phoneme events.
+        """Speak `text`: float32 waveform in [-1, 1] at 22.05 kHz, and its phoneme events. "[[...]]" in it are phonemes.
 
         `voice` is "lang+variant", e.g. "gmw/en-US+f2". ValueError if espeak-ng does not know it.
         """
@@ -178,7 +179,7 @@ class Espeak:
             self._lib.espeak_SetParameter(parameter, int(value), 0)
         self._pieces, self._events = [], []
         raw = text.encode()
-        self._lib.espeak_Synth(raw, len(raw) + 1, 0, 0, 0, 1, None, None)
+        self._lib.espeak_Synth(raw, len(raw) + 1, 0, 0, 0, _READS_TEXT, None, None)
         self._lib.espeak_Synchronize()
         if not self._pieces:
             return np.zeros(0, np.float32), []

@@ -15,7 +15,8 @@ from collections.abc import Callable
 import pjsua2 as pj
 
 from telephony.config import TelephonyConfig
-from telephony.sip.trunk import Route, addresses_of
+from telephony.sip.names import split_host
+from telephony.sip.trunk import AddressesOf, Route
 from telephony.trunk_config import TrunkConfig
 from telephony.wire import TrunkChanged
 
@@ -43,20 +44,28 @@ class Account(pj.Account):
 class TrunkAccount(Account):
     """One trunk. `on_time` is called a few times a second."""
 
-    def __init__(self, trunk: TrunkConfig, config: TelephonyConfig, on_invite: OnInvite, notify: Notify) -> None:
+    def __init__(
+        self, trunk: TrunkConfig, config: TelephonyConfig, on_invite: OnInvite, notify: Notify,
+        addresses_of: AddressesOf,
+    ) -> None:  # fmt: skip
         super().__init__(on_invite)
         self.trunk = trunk
-        self._config, self._notify = config, notify
+        self._config, self._notify, self._addresses_of = config, notify, addresses_of
         self._settings: pj.AccountConfig | None = None
         self._registrar = 0  # index of the host that is asked
         self._is_registrar_changed = False
+        self._is_registration_due = False
+        self._addresses: dict[str, set[str]] = {}  # host -> what it had when last looked at
         self._options_at_s = 0.0
         self._asked_at_s: dict[str, float] = {}  # host -> when OPTIONS went out that is not answered yet
         self._is_up: dict[str, bool] = {}
 
-    def start(self, settings: pj.AccountConfig) -> None:
+    def start(self, settings: pj.AccountConfig, transport_id: int) -> None:
         """Create the account on top of what every account has in common."""
         trunk = self.trunk
+        # Contact is this transport's own address. Else pjsip would look up the host and connect to it, while SIP waits.
+        settings.sipConfig.transportId = transport_id
+        settings.natConfig.contactUseSrcPort = 0
         user = trunk.username or trunk.caller_id or self._config.from_user
         settings.idUri = f"sip:{user}@{trunk.aor_host}"
         if trunk.username:
@@ -75,6 +84,21 @@ class TrunkAccount(Account):
                 settings.sipConfig.contactForced = f"<sip:{user}@{self._config.contact_address}{suffix}>"
         self._settings = settings
         self.create(settings)
+        self.names_changed()
+        self._is_registration_due = False  # pjsip sends the first one by itself
+
+    def names_changed(self) -> None:
+        """Host names may have other addresses now: one that has none is down, one that has come up is asked again."""
+        for host in self.trunk.hosts:
+            before, now = self._addresses.get(host), set(self._addresses_of(host))
+            self._addresses[host] = now
+            if not now:
+                self._set_up(host, False, 0, "its name has no address")
+            elif now != before:
+                self._options_at_s = 0.0
+                self._is_registration_due = self.trunk.registers and self._config.is_registrar
+                if before is not None and not self.trunk.options_s:
+                    self._set_up(host, True, 0, "")
 
     def routes(self, routes: list[Route]) -> list[Route]:
         """The same routes, those to hosts that do not answer OPTIONS last."""
@@ -87,6 +111,9 @@ class TrunkAccount(Account):
             self._is_registrar_changed = False
             self._settings.regConfig.registrarUri = self.trunk.uri_of("", self.trunk.hosts[self._registrar])
             self.modify(self._settings)
+        if self._is_registration_due:  # a registrar at another address does not know us yet
+            self._is_registration_due = False
+            self.setRegistration(True)
         if not self.trunk.options_s:
             return
         for host, asked_at_s in list(self._asked_at_s.items()):
@@ -95,7 +122,7 @@ class TrunkAccount(Account):
                 self._set_up(host, False, 408, "no answer to OPTIONS")
         if now_s >= self._options_at_s:
             self._options_at_s = now_s + self.trunk.options_s
-            for host in self.trunk.hosts:
+            for host in filter(self._addresses.get, self.trunk.hosts):
                 param = pj.SendRequestParam()
                 param.method = "OPTIONS"
                 param.txOption.targetUri = self.trunk.uri_of("", host)
@@ -110,7 +137,7 @@ class TrunkAccount(Account):
             source = prm.e.body.tsxState.src.rdata.srcAddress
             status = prm.e.body.tsxState.tsx.statusCode
             for host in self.trunk.hosts:
-                if status >= 200 and _is_host(source, host):
+                if status >= 200 and self._is_host(source, host):
                     self._asked_at_s.pop(host, None)
                     self._set_up(host, True, status, "")
         except Exception:  # noqa: BLE001 - as above
@@ -129,6 +156,12 @@ class TrunkAccount(Account):
         except Exception:  # noqa: BLE001 - as above
             traceback.print_exc(file=sys.stderr)
 
+    def _is_host(self, source_address: str, host: str) -> bool:
+        """Does "ip:port" belong to `host` or `host:port`?"""
+        address, _, port = source_address.rpartition(":")
+        wanted_port = split_host(host)[1] or self.trunk.default_port
+        return port == str(wanted_port) and address.strip("[]") in self._addresses_of(host)
+
     def _set_up(self, host: str, is_up: bool, sip_status: int, reason: str) -> None:
         if self._is_up.get(host) is not is_up:
             self._is_up[host] = is_up
@@ -141,13 +174,3 @@ class TrunkAccount(Account):
 def host_of(uri: str) -> str:
     """`host` or `host:port` of a SIP URI of ours."""
     return uri.split("@")[-1].removeprefix("sip:").split(";")[0]
-
-
-def _is_host(source_address: str, host: str) -> bool:
-    """Does "ip:port" belong to `host` or `host:port`?"""
-    address, _, port = source_address.rpartition(":")
-    _, _, host_port = host.rpartition(":") if not host.endswith("]") else ("", "", "")
-    wanted_port = host_port if host_port.isdigit() and ":" in host else "5060"
-    return port == wanted_port and any(
-        str(network.network_address) == address.strip("[]") for network in addresses_of([host])
-    )

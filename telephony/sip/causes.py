@@ -15,6 +15,7 @@ class Cause(StrEnum):
     NO_ANSWER = "no_answer"
     REJECTED = "rejected"  # any other refusal by a party
     NOT_FOUND = "not_found"
+    REDIRECTED = "redirected"  # a called party answered with another address (3xx), which we do not call
     NO_COMMON_CODEC = "no_common_codec"
     OVERLOADED = "overloaded"
     TRANSFERRED = "transferred"
@@ -42,6 +43,7 @@ _UNANSWERED = {
     Cause.BUSY: "busy",
     Cause.NO_ANSWER: "no_answer",
     Cause.REJECTED: "rejected", Cause.NOT_FOUND: "rejected", Cause.NO_COMMON_CODEC: "rejected",
+    Cause.REDIRECTED: "rejected",
     Cause.NORMAL: "abandoned", Cause.CANCELLED: "abandoned",
 }  # fmt: skip
 
@@ -57,6 +59,8 @@ def cause_of_status(sip_status: int) -> Cause:
     """The cause that a final SIP status stands for."""
     if sip_status < 300:
         return Cause.NORMAL
+    if sip_status < 400:
+        return Cause.REDIRECTED
     return _BY_STATUS.get(sip_status, Cause.REJECTED)
 
 

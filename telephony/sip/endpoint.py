@@ -9,26 +9,46 @@ from __future__ import annotations
 
 import socket
 import sys
+import traceback
 import uuid
 from collections.abc import Callable
 from functools import partial
 
 import pjsua2 as pj
 
-from telephony.config import TelephonyConfig
+from telephony.answer_detection import AnswerDetector
+from telephony.config import CODECS, WIDEBAND_CODECS, TelephonyConfig, refusal
 from telephony.leg import LegDisconnected, LegEvent, LegIncoming, LegState, LegStateChanged
 from telephony.sip import packet_filter
 from telephony.sip.accounts import Account, TrunkAccount, host_of
 from telephony.sip.bridge import Bridges, CannotCall, call_for
-from telephony.sip.causes import Cause, cause_of_status
+from telephony.sip.causes import Cause
+from telephony.sip.diversion import as_whom
+from telephony.sip.floods import Floods
 from telephony.sip.gate import Gate, SecurityLog, is_port_free
 from telephony.sip.leg import SipLeg
+from telephony.sip.levels import stop_shifting
 from telephony.sip.media_port import MediaPorts, check_frame_copy
+from telephony.sip.message import Fault, Message
+from telephony.sip.names import Names
 from telephony.sip.outbound import OutboundAttempt
-from telephony.sip.packets import PjsipLog
+from telephony.sip.packets import Packet, PjsipLog
+from telephony.sip.pjsip_names import PjsipNames
 from telephony.sip.referral import Referrals, may_refer
-from telephony.sip.shed import Shedder, openssl_version, pjsip_library
-from telephony.sip.trunk import Neighbours, Route, TrunkRefused, clean, identify, read_invite, routes_of
+from telephony.sip.rtp_lock import RtpWatch
+from telephony.sip.shed import Door, Shedder, pjsip_library
+from telephony.sip.tls import secure
+from telephony.sip.trunk import (
+    PROXY_HEADER,
+    Neighbours,
+    Route,
+    TrunkRefused,
+    clean,
+    identify,
+    read_invite,
+    routes_of,
+)  # fmt: skip
+from telephony.trunk_config import TrunkConfig
 from telephony.wire import PlaceCall, SecurityEvent, TrunkChanged
 
 Sink = Callable[[SipLeg, LegEvent], None]
@@ -49,6 +69,8 @@ _SRTP = {
     "off": pj.PJMEDIA_SRTP_DISABLED, "optional": pj.PJMEDIA_SRTP_OPTIONAL, "mandatory": pj.PJMEDIA_SRTP_MANDATORY,
 }  # fmt: skip
 _WRONG_AUTH_STATUSES = {401, 407}  # still after pjsip has answered the challenge, or without credentials (RFC 3261 §22)
+_NUM_FREE_RTP_PORTS = 1000  # others may use some of them: pjsip tries 100 pairs
+_FIRST_NAMES_S = 3.0  # so long the start waits for DNS; a trunk without an address by then starts as down
 _BURIAL_S = 2.0  # a finished leg is kept so long, so that no callback of the clock thread meets a freed object
 
 
@@ -60,23 +82,29 @@ class SipEndpoint:
         self.config = config
         self.legs: dict[str, SipLeg] = {}
         self._sink, self._admission, self._notify = sink, admission, notify
-        self._neighbours = Neighbours(config)
-        self._hidden: dict[int, SipLeg] = {}  # by id(): refused ones and routes given up, never shown to the agent
+        self._names = Names(config.called_hosts, config.dns_refresh_s)
+        self._names.start(_FIRST_NAMES_S)
+        self._neighbours = Neighbours(config, self._names.addresses_of)
+        self._rtp_watch = RtpWatch(self._neighbours.may_send_rtp, self._note)
+        self._hidden: dict[int, SipLeg] = {}  # by id(): not shown to the agent yet, or never: routes given up
+        self._new: list[tuple[SipLeg, str, str]] = []  # (leg, source, INVITE) to be told of from `poll`
         self._attempts: dict[str, OutboundAttempt] = {}  # outbound calls nobody has taken yet
         self._next_routes: list[tuple[SipLeg, int]] = []  # (failed leg, its status), to be tried from `poll`
         self._buried: list[tuple[float, SipLeg]] = []
         self.bridges = Bridges(
-            config.bridges_refused_transfers, self.legs, self._hidden, self._sink, self._call_target
+            config.bridges_refused_transfers, self.legs, self._hidden, self._sink, self._attempt_to_target,
+            self._call_target,
         )  # fmt: skip
         self._referrals = Referrals(self.legs, self._hidden, self._sink)
         self._now_s = 0.0
         self._free_rtp_port = _free_even_port(config.sip_bind)
+        self._transports: dict[str, int] = {}  # udp, tcp, tls -> pjsip's id
         self._endpoint = pj.Endpoint()
         self._start_library()
         self.sip_port = self._start_transports()
         self._security = SecurityLog(notify)
-        self._shedder = Shedder(config.invites_per_s, self._note_packet)
-        self._num_shed_told = 0
+        floods = Floods(config.invites_per_s, config.source_invites_per_s, config.source_requests_per_s)
+        self._shedder = Shedder(floods, Door(self._may_enter, self._origin_of, self._note_packet))
         self._gate: Gate | None = None
         if packet_filter.IS_AVAILABLE:
             self._gate = Gate(config.sip_bind, self.sip_port, config.tls_port, config.transports, self._security)
@@ -87,10 +115,11 @@ class SipEndpoint:
         self._account = Account(self.on_invite)
         self._account.create(self._account_settings(self._uri(config.from_user)), True)
         self._trunks = {
-            trunk.name: TrunkAccount(trunk, config, self.on_invite, self._on_trunk_changed) for trunk in config.trunks
+            trunk.name: TrunkAccount(trunk, config, self.on_invite, self._on_trunk_changed, self._names.addresses_of)
+            for trunk in config.trunks
         }
         for account in self._trunks.values():
-            account.start(self._account_settings(""))
+            account.start(self._account_settings(""), self._transports[account.trunk.transport])
 
     # ------------------------------------------------------------------- start
 
@@ -111,7 +140,9 @@ class SipEndpoint:
         media.maxMediaPorts = max(254, 4 * config.max_calls + 16)
         self._endpoint.libCreate()
         self._endpoint.libInit(settings)
+        stop_shifting(pjsip_library())
         self._log = PjsipLog(pjsip_library())
+        self._resolver = PjsipNames(pjsip_library(), self._names, 6 if ":" in config.sip_bind else 4)
         check_frame_copy()
         capacity = _library_capacity()
         self.max_calls = min(config.max_calls, capacity - 1 if capacity > 1 else capacity)
@@ -130,26 +161,14 @@ class SipEndpoint:
             transport.boundAddress = bind
             transport.publicAddress = self.config.public_address
             if name == "tls":
-                self._secure(transport)
+                secure(transport, self.config)
             if packet_filter.IS_AVAILABLE and name == "udp":  # the gate's own socket stands at the same port
                 transport.sockOptParams.sockOpts.append(pj.SockOpt(socket.SOL_SOCKET, packet_filter.SO_REUSEPORT, 1))
             transport_id = self._endpoint.transportCreate(_TRANSPORT_TYPES[name, ":" in bind], transport)
+            self._transports[name] = transport_id
             port = port or int(self._endpoint.transportGetInfo(transport_id).localName.rsplit(":", 1)[1])
         self._endpoint.libStart()
         return port
-
-    def _secure(self, transport: pj.TransportConfig) -> None:
-        config = self.config
-        version = openssl_version()
-        if version.startswith(("0.", "1.0")) and not config.accepts_old_openssl:
-            raise ValueError(
-                f"telephony.transports has tls, but this pjsua2 holds OpenSSL {version}: put a TLS proxy in front "
-                "(docs/telephony.md), or set telephony.accepts_old_openssl"
-            )
-        transport.port = config.tls_port
-        transport.tlsConfig.certFile, transport.tlsConfig.privKeyFile = config.tls_cert_file, config.tls_key_file
-        transport.tlsConfig.proto = pj.PJ_SSL_SOCK_PROTO_TLS1_2
-        transport.tlsConfig.verifyServer = True
 
     def _close_gate(self) -> None:
         """Only who is listed is heard, as the list is now."""
@@ -159,8 +178,14 @@ class SipEndpoint:
 
     def _set_codecs(self) -> None:
         priority = {codec: 255 - index for index, codec in enumerate(self.config.codecs)}
-        for codec in self._endpoint.codecEnum2():
-            self._endpoint.codecSetPriority(codec.codecId, priority.get(codec.codecId.rsplit("/", 1)[0], 0))
+        built_in = {codec.codecId.rsplit("/", 1)[0]: codec.codecId for codec in self._endpoint.codecEnum2()}
+        for codec in self.config.codecs:
+            if codec not in built_in:
+                has = [known for known in (*CODECS, *WIDEBAND_CODECS) if known in built_in]
+                allowed = f"this pjsua2 is built without {codec}; it has {', '.join(has)}"
+                raise refusal("codecs", list(self.config.codecs), allowed)
+        for codec, codec_id in built_in.items():
+            self._endpoint.codecSetPriority(codec_id, priority.get(codec, 0))
 
     def _account_settings(self, uri: str) -> pj.AccountConfig:
         """What all accounts have in common."""
@@ -170,6 +195,8 @@ class SipEndpoint:
         transport.boundAddress = self.config.sip_bind
         transport.publicAddress = self.config.public_address
         transport.port = self.config.rtp_port_first or self._free_rtp_port
+        num_ports = self.config.num_rtp_ports if self.config.rtp_port_first else _NUM_FREE_RTP_PORTS
+        transport.portRange = num_ports - 2  # up to the last RTP port; without it pjsip's ports climb with every call
         settings.mediaConfig.srtpUse = _SRTP[self.config.srtp]
         settings.mediaConfig.srtpSecureSignaling = 0  # the proxy in front may have ended TLS
         settings.callConfig.timerUse = pj.PJSUA_SIP_TIMER_OPTIONAL
@@ -186,9 +213,20 @@ class SipEndpoint:
         self._now_s = now_s
         self._shedder.now_s = now_s
         self._endpoint.libHandleEvents(wait_ms)
+        while self._new:
+            try:
+                self._tell_new(*self._new.pop(0))
+            except Exception:  # noqa: BLE001 - one call's trouble must not end the others; it gets 503 in answer_timeout_s
+                traceback.print_exc(file=sys.stderr)
+        for leg in (*self.legs.values(), *self._others()):
+            leg.poll()
+        if self._names.poll():
+            self._close_gate()
+            for account in self._trunks.values():
+                account.names_changed()
         while self._next_routes:
             self._try_next(*self._next_routes.pop(0))
-        self.bridges.poll()
+        self.bridges.poll(now_s)
         self._referrals.poll(now_s)
         if self._gate is not None:
             self._gate.poll(now_s)
@@ -204,9 +242,8 @@ class SipEndpoint:
 
     def check_deadlines(self, now_s: float) -> None:
         self._security.on_time(now_s)
-        if num_shed := self._shedder.num_shed - self._num_shed_told:
-            self._num_shed_told += num_shed
-            self._security.note("flood", "any", "more INVITEs than telephony.invites_per_s", now_s, num_shed)
+        for source, num_dropped in self._shedder.floods.take_dropped().items():
+            self._security.note("flood", source, "more requests than a source may send", now_s, num_dropped)
         for name, work in self._due(now_s):
             try:
                 work()
@@ -227,25 +264,40 @@ class SipEndpoint:
 
     # ------------------------------------------------------------------- calls
 
+    def _may_enter(self, packet: Packet, _invite: Message) -> Fault | None:
+        """A new INVITE, before pjsip makes a call of it."""
+        if not self._neighbours.may_call_us(packet.source):
+            self._note_packet("unlisted_invite", packet.source, packet.first_line)
+            return Fault(403, "")
+        status = self._admission()
+        if not status:
+            return None
+        retry_after_s = self.config.retry_after_s if status == 503 else 0
+        return Fault(status, "", (("Retry-After", str(retry_after_s)),) if retry_after_s else ())
+
+    def _origin_of(self, packet: Packet, invite: Message) -> str:
+        told = {PROXY_HEADER: invite.value(PROXY_HEADER.lower())}
+        return _without_port(self._neighbours.origin_of(packet.source, told))
+
     def on_invite(self, account: pj.Account, prm: pj.OnIncomingCallParam) -> None:
+        """Nothing is said here: pjsua2 aborts when its call ends within this callback. `poll` tells of it next."""
         leg = SipLeg(
             account, self.config, uuid.uuid4().hex[:16], "inbound", self._on_leg, self._ports, prm.callId,
-            security=self._note, on_refer=self._on_refer,
+            rtp=self._rtp_watch, on_refer=self._on_refer,
         )  # fmt: skip
-        source = prm.rdata.srcAddress
-        status = self._admission()
-        if not self._neighbours.may_call_us(source):
-            status = 403
-            self._note_packet("unlisted_invite", source, prm.rdata.info)
-        if status:
-            self._hidden[id(leg)] = leg
-            leg.refuse(status, self.config.retry_after_s if status == 503 else 0, cause_of_status(status))
+        self.legs[leg.leg_id] = leg
+        self._hidden[id(leg)] = leg
+        self._new.append((leg, prm.rdata.srcAddress, prm.rdata.wholeMsg))
+
+    def _tell_new(self, leg: SipLeg, source: str, invite: str) -> None:
+        if self._hidden.pop(id(leg), None) is None:  # the party has given up already
+            self.forget(leg)
             return
-        request_uri, headers = read_invite(prm.rdata.wholeMsg)
+        request_uri, headers = read_invite(invite)
         source = self._neighbours.origin_of(source, headers)
         trunk = self._neighbours.trunk_of(source)
         who = identify(request_uri, headers, trunk)
-        self.legs[leg.leg_id] = leg
+        self._as_trunk_says(leg, trunk)
         leg.incoming = LegIncoming(
             leg_id=leg.leg_id, did=who.did, ani=who.ani, display_name=who.display_name, source_address=source,
             headers=headers, sample_rate_hz=self.config.sample_rate_hz, trunk=trunk.name if trunk else "",
@@ -255,14 +307,15 @@ class SipEndpoint:
         self._sink(leg, LegStateChanged(leg_id=leg.leg_id, state=LegState.INCOMING))
         leg.ring()
 
+    def _as_trunk_says(self, leg: SipLeg, trunk: TrunkConfig | None) -> None:
+        leg.inband_dtmf = (trunk.inband_dtmf if trunk else "") or self.config.inband_dtmf
+
     def place_call(self, request: PlaceCall) -> SipLeg:
         """INVITE; TrunkRefused when configuration does not allow it. The leg's first event comes with the next
         `poll`."""
         if self.num_calls >= self.max_calls:
             raise TrunkRefused("all calls of this worker are in use")
-        routes = routes_of(request.uri, request.number, request.trunks, self.config)
-        for account in self._trunks.values():
-            routes = account.routes(routes)
+        routes = self._routes(request.uri, request.number, request.trunks)
         attempt = self._attempts[request.leg_id] = OutboundAttempt(request, routes, self._now_s)
         try:
             return self._invite(attempt.route, request, None)
@@ -270,12 +323,22 @@ class SipEndpoint:
             del self._attempts[request.leg_id]
             raise
 
+    def _routes(self, uri: str, number: str, trunks: tuple[str, ...]) -> list[Route]:
+        """Hosts that answer no OPTIONS come last."""
+        routes = routes_of(uri, number, trunks, self.config)
+        for account in self._trunks.values():
+            routes = account.routes(routes)
+        return routes
+
     def _invite(self, route: Route, request: PlaceCall, before: SipLeg | None) -> SipLeg:
         account = self._trunks[route.trunk.name] if route.trunk else self._account
         leg = SipLeg(
             account, self.config, request.leg_id, "outbound", self._on_leg, self._ports,
-            media=before.media if before else None, security=self._note,
+            media=before.media if before else None, rtp=self._rtp_watch,
         )  # fmt: skip
+        self._as_trunk_says(leg, route.trunk)
+        if request.detects_answer and before is None:
+            leg.media.answer = AnswerDetector(leg.leg_id, self.config.sample_rate_hz, self.config.vad_hangover_ms)
         self.legs[leg.leg_id] = leg
         try:
             leg.makeCall(route.uri, self._outbound_param(route, request))
@@ -311,7 +374,6 @@ class SipEndpoint:
         attempt = self._attempts.get(failed.leg_id)
         if attempt is None or self.legs.get(failed.leg_id) is not failed:
             return
-        self._close_gate()  # the next host's name may have another address by now
         if failed.state is not LegState.DISCONNECTED:
             self._hidden[id(failed)] = failed
             failed.end(Cause.NO_ANSWER)
@@ -330,7 +392,7 @@ class SipEndpoint:
 
     def _note_packet(self, kind: str, source: str, detail: str) -> None:
         """Of one source, whichever port it sends from: a scan uses many."""
-        self._security.note(kind, source.rpartition(":")[0] or source, detail, self._now_s)
+        self._security.note(kind, _without_port(source), detail, self._now_s)
 
     def _on_trunk_changed(self, changed: TrunkChanged) -> None:
         if changed.state == "refused" and changed.sip_status in (*_WRONG_AUTH_STATUSES, 403):
@@ -377,6 +439,11 @@ class SipEndpoint:
         """All that use a slot, the agent's and the joined ones."""
         return len({id(leg) for leg in (*self.legs.values(), *self._others())})
 
+    @property
+    def num_held(self) -> int:
+        """Call objects of any kind, those that wait to be freed too."""
+        return self.num_calls + len(self._hidden) + len(self._buried) + len(self._attempts)
+
     def _others(self) -> list[SipLeg]:
         return [*self.bridges.legs, *self._referrals.legs]
 
@@ -388,7 +455,7 @@ class SipEndpoint:
             return None
         second = SipLeg(  # by the account of the first dialog: pjsua2 asserts it
             leg.account, self.config, leg.leg_id, "outbound", self._on_leg, self._ports, media=leg.media,
-            security=self._note, on_refer=self._on_refer,
+            rtp=self._rtp_watch, on_refer=self._on_refer,
         )  # fmt: skip
         self._referrals.begin(leg, second, target)
         return second
@@ -399,21 +466,32 @@ class SipEndpoint:
             raise ValueError("the other leg is gone")
         self.bridges.join_legs(leg, other)
 
-    def _call_target(self, party: SipLeg, announce: Callable[[SipLeg], None]) -> None:
-        """The party refused our REFER: an INVITE of ours to where it pointed."""
-        request = PlaceCall(leg_id=uuid.uuid4().hex[:16], from_user=party.incoming.ani if party.incoming else "")
+    def _attempt_to_target(self, party: SipLeg) -> OutboundAttempt:
+        """The ways to call what a party was referred to, who has refused our REFER; CannotCall."""
         try:
-            if party.state is not LegState.CONFIRMED or self.num_calls >= self.max_calls:
-                raise TrunkRefused("no call is free")
             uri, number = call_for(party.referred_to)
-            route = routes_of(uri, number, (), self.config)[0]
-            account = self._trunks[route.trunk.name] if route.trunk else self._account
-            target = SipLeg(
-                account, self.config, request.leg_id, "outbound", self._on_leg, self._ports, security=self._note
-            )
-            announce(target)
+            routes = self._routes(uri, number, ())
+        except TrunkRefused as error:
+            raise CannotCall(str(error)) from error
+        return OutboundAttempt(PlaceCall(leg_id=uuid.uuid4().hex[:16]), routes, self._now_s)
+
+    def _call_target(self, party: SipLeg, attempt: OutboundAttempt, announce: Callable[[SipLeg], None]) -> None:
+        """An INVITE of ours by the present route."""
+        if party.state is not LegState.CONFIRMED or self.num_calls >= self.max_calls:
+            raise CannotCall("no call is free")
+        route = attempt.route
+        own_host = self.config.public_address or self.config.sip_bind
+        from_user, headers = as_whom(party.incoming, route.trunk, own_host)
+        request = PlaceCall(leg_id=attempt.request.leg_id, from_user=from_user, headers=headers)
+        account = self._trunks[route.trunk.name] if route.trunk else self._account
+        target = SipLeg(
+            account, self.config, request.leg_id, "outbound", self._on_leg, self._ports, rtp=self._rtp_watch
+        )
+        self._as_trunk_says(target, route.trunk)
+        announce(target)
+        try:
             target.makeCall(route.uri, self._outbound_param(route, request))
-        except (TrunkRefused, pj.Error) as error:
+        except pj.Error as error:
             raise CannotCall(self.reason_of(error)) from error
 
     def forget(self, leg: SipLeg) -> None:
@@ -437,9 +515,13 @@ def _library_capacity() -> int:
     return int(pjsip_library().pjsua_call_get_max_count())
 
 
+def _without_port(source: str) -> str:
+    return source.rpartition(":")[0] or source
+
+
 def _free_even_port(address: str) -> int:
     """A free UDP port to start from; pjsip takes the next pairs from there."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.bind((address, 0))
-        return min(int(probe.getsockname()[1]) & ~1, 60000)
+        return min(int(probe.getsockname()[1]) & ~1, 65536 - _NUM_FREE_RTP_PORTS)

@@ -10,6 +10,7 @@ import functools
 import sys
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -33,15 +34,19 @@ from telephony.leg import (
     Progress,
     Refer,
     Reject,
+    SendDtmf,
+    StopAnswerDetection,
     Unhold,
 )  # fmt: skip
 from telephony.leg_media import LegMedia
-from telephony.sip import packet_filter
+from telephony.sip import packet_filter, rtp_lock
 from telephony.sip.causes import Cause, cause_of_hangup, cause_of_status
+from telephony.sip.levels import put_right
 from telephony.sip.media_health import MediaCounts, health_of
 from telephony.sip.media_port import MediaPort, MediaPorts
 from telephony.sip.refer import INBOUND_REFER_STATUS, OutboundRefer, check_refer_to
-from telephony.sip.rtp_lock import PACKETS_BEFORE_LOCK, RtpLock
+from telephony.sip.rtp_lock import OwnSource, RtpLock, RtpWatch
+from telephony.sip.trunk import clean
 from telephony.states import check_legal
 
 _STATES = {
@@ -54,8 +59,6 @@ _STATES = {
     pj.PJSIP_INV_STATE_DISCONNECTED: LegState.DISCONNECTED,
 }
 _DECLINE = 603
-SecurityNote = Callable[[str, str, str, int], None]
-"""(kind, source, detail, count): see wire.SecurityEvent."""
 OnRefer = Callable[["SipLeg", str], "SipLeg | None"]
 """(leg, Refer-To): the leg that pjsip shall call the target on; None = 603."""
 DTMF_METHODS = ("auto", "rfc4733", "info", "inband")
@@ -81,10 +84,10 @@ class SipLeg(pj.Call):
     def __init__(
         self, account: pj.Account, config: TelephonyConfig, leg_id: str, direction: str,
         sink: Callable[[SipLeg, LegEvent], None], ports: MediaPorts, call_id: int = pj.PJSUA_INVALID_ID,
-        media: LegMedia | None = None, security: SecurityNote | None = None, on_refer: OnRefer | None = None,
+        media: LegMedia | None = None, rtp: RtpWatch | None = None, on_refer: OnRefer | None = None,
     ) -> None:  # fmt: skip
-        """`media`: of the leg this one takes the place of (the same call by another route). `security`: is told of
-        what forged packets were kept out."""
+        """`media`: of the leg this one takes the place of (the same call by another route). `rtp`: knows who may send,
+        and is told who forges."""
         super().__init__(account, call_id)
         self.account, self.leg_id, self.direction = account, leg_id, direction
         self.state = LegState.INCOMING if direction == "inbound" else LegState.NULL
@@ -99,6 +102,7 @@ class SipLeg(pj.Call):
         self._started_at_s = 0.0
         self._rtp_packets, self._rtp_changed_at_s = -1, 0.0
         self.sip_status = 0  # of the latest answer
+        self._redirect_status = 0  # the 3xx that ended the call
         self.has_answer = False  # the party's host said something, if only 100 Trying
         self._is_early = False  # our early media is on its way
         self._is_silenced = False  # the party told us that it will send nothing (RFC 3264 §8.4)
@@ -109,12 +113,13 @@ class SipLeg(pj.Call):
         self._num_tones = 0
         self.is_joined = False  # with another leg (sip/bridge.py)
         self.referred_to = ""
+        self.inband_dtmf = config.inband_dtmf  # its trunk may want something else
         self._lock = RtpLock()
         self._packets_at_lock = 0
-        self._security = security
-        self._is_intrusion_told = False
+        self._rtp = rtp
         self._on_refer = on_refer
         self.is_waiting = False  # for another leg's media: see `take_over`
+        self._keys: deque[DtmfReceived] = deque()  # not told yet: pjmedia's thread appends, the main one takes
 
     # ----------------------------------------------------------------- commands
 
@@ -133,6 +138,10 @@ class SipLeg(pj.Call):
                 param = _call_param(0)
                 param.opt.flag = pj.PJSUA_CALL_UNHOLD
                 self.reinvite(param)
+            case SendDtmf(digits=digits, method=method):
+                self.send_dtmf(digits, method)
+            case StopAnswerDetection():
+                self.media.answer = None
             case Reject(sip_status=sip_status, retry_after_s=retry_after_s):
                 self.refuse(sip_status, retry_after_s, cause_of_status(sip_status))
             case Hangup(cause=cause) if self.state is not LegState.DISCONNECTED:
@@ -146,7 +155,7 @@ class SipLeg(pj.Call):
                 self.xfer(f"<{refer_to}>", pj.CallOpParam(True))
 
     def send_dtmf(self, digits: str, method: str = "auto") -> None:
-        """Keys out; methods: see `wire.SendDtmf`. ValueError for a key or a method that is none."""
+        """Keys out; methods: see `telephony.leg.SendDtmf`. ValueError for a key or a method that is none."""
         if method not in DTMF_METHODS or not KEYS.fullmatch(digits):
             raise ValueError("digits must be 0-9 * # A-D, the method rfc4733, info, inband or auto")
         if method == "auto":
@@ -162,6 +171,13 @@ class SipLeg(pj.Call):
         param.digits = digits
         param.method = pj.PJSUA_DTMF_METHOD_SIP_INFO if method == "info" else pj.PJSUA_DTMF_METHOD_RFC2833
         self.sendDtmf(param)
+
+    def pass_key(self, digit: str) -> None:
+        """What the other party of a bridge has pressed. One that is leaving gets it no more."""
+        try:
+            self.send_dtmf(digit)
+        except pj.Error as error:
+            print(f"sip: {self.leg_id}: key not passed: {error.info(False)}", file=sys.stderr)
 
     @property
     def has_port(self) -> bool:
@@ -193,6 +209,9 @@ class SipLeg(pj.Call):
         self.answer(_call_param(180))
 
     def refuse(self, sip_status: int, retry_after_s: int, cause: Cause) -> None:
+        if self.state is LegState.CONNECTING:  # it has had its final answer; only the ACK is missing
+            self.end(cause)
+            return
         if self._cause is not None:
             return
         self._cause = cause
@@ -232,18 +251,28 @@ class SipLeg(pj.Call):
                 self._sink(self, result)
         if self.state is LegState.CONFIRMED and self._has_media:
             self._judge_health(now_s)
-            self._watch_source()
             packets = self._received_packets()
             if packets != self._rtp_packets or self.media.is_held or self._is_silenced:
                 self._rtp_packets, self._rtp_changed_at_s = packets, now_s
             elif self._config.rtp_timeout_s and now_s - self._rtp_changed_at_s > self._config.rtp_timeout_s:
                 self.end(Cause.MEDIA_TIMEOUT)
 
+    def poll(self) -> None:
+        """What happened on pjmedia's threads since the last time: keys, and RTP of other sources."""
+        self.tell_keys()
+        if self._lock.own is not None:
+            self._watch_source(self._lock.own)
+
+    def tell_keys(self) -> None:
+        while self._keys:
+            self._sink(self, self._keys.popleft())
+
     def story(self) -> list[LegEvent]:
         """What a new agent has to be told about a leg that is older than it."""
         codec = self._codec() if self.state is LegState.CONFIRMED else ""
         changed = LegStateChanged(leg_id=self.leg_id, state=self.state, sample=self.media.sample, codec=codec)
-        return [changed] if self.incoming is None else [self.incoming, changed]
+        held = [HoldChanged(leg_id=self.leg_id, is_held=True, by=self._hold_by)] if self._hold_by else []
+        return [changed, *held] if self.incoming is None else [self.incoming, changed, *held]
 
     def dispose(self) -> None:
         """After DISCONNECTED: no tick comes any more."""
@@ -260,9 +289,13 @@ class SipLeg(pj.Call):
         info = self.getInfo()
         was_confirmed = self.state is LegState.CONFIRMED
         state = _STATES[info.state]
-        self.sip_status = info.lastStatusCode
+        self.sip_status = self._redirect_status or info.lastStatusCode  # pjsip's own, after a 3xx, is 487
         if state is self.state:
             return
+        self.tell_keys()  # they came before
+        if state is LegState.DISCONNECTED and self._cause is None and self.refer is not None:
+            if (unknown := self.refer.on_party_gone()) is not None:
+                self._sink(self, unknown)
         self.state = state
         if state is LegState.CONFIRMED and not self.is_waiting:
             self.media.confirmed(time.monotonic())
@@ -271,7 +304,8 @@ class SipLeg(pj.Call):
         if state is LegState.CONFIRMED and self._cause is None:
             self._start_media()  # after the news, so that the agent hears of the answer before it hears audio
         if state is LegState.DISCONNECTED:
-            self._sink(self, self._disconnected(info.lastStatusCode, was_confirmed))
+            self._lock.open()
+            self._sink(self, self._disconnected(self.sip_status, was_confirmed))
 
     @_guarded
     def onCallMediaState(self, prm: pj.OnCallMediaStateParam) -> None:
@@ -282,8 +316,7 @@ class SipLeg(pj.Call):
             self.media.is_held = pj.PJSUA_CALL_MEDIA_ACTIVE not in statuses
         audio = [media.dir for media in info.media if media.type == pj.PJMEDIA_TYPE_AUDIO]
         self._is_silenced = not any(direction & pj.PJMEDIA_DIR_DECODING for direction in audio)
-        self._lock.open()  # there may be a new stream from another address
-        self._packets_at_lock = self._received_packets() if self._has_media else 0
+        self._lock_source()  # there may be a new stream from another address
         if self.state is LegState.CONFIRMED and self._cause is None:
             self._start_media()
             self._note_hold(statuses)
@@ -295,9 +328,21 @@ class SipLeg(pj.Call):
         if prm.e.type == pj.PJSIP_EVENT_TSX_STATE and prm.e.body.tsxState.type == pj.PJSIP_EVENT_RX_MSG:
             self.has_answer = True
 
+    def onCallRedirected(self, prm: pj.OnCallRedirectedParam) -> int:
+        """3xx (RFC 3261 §8.1.3.4): never followed, or who is called would choose whom we call, and pay for, next."""
+        self._note_redirect(prm)
+        return int(pj.PJSIP_REDIRECT_STOP)
+
+    @_guarded
+    def _note_redirect(self, prm: pj.OnCallRedirectedParam) -> None:
+        if prm.e.type == pj.PJSIP_EVENT_TSX_STATE:
+            self._redirect_status = prm.e.body.tsxState.tsx.statusCode
+        print(f"sip: {self.leg_id}: {self._redirect_status} to {clean(prm.targetUri)}: not followed", file=sys.stderr)
+
     @_guarded
     def onDtmfDigit(self, prm: pj.OnDtmfDigitParam) -> None:
-        self._sink(self, DtmfReceived(leg_id=self.leg_id, digit=prm.digit, sample=self.media.sample))
+        # On pjmedia's thread, unlike the others; the sink and the agent's link belong to the main one.
+        self._keys.append(DtmfReceived(leg_id=self.leg_id, digit=prm.digit, sample=self.media.sample))
 
     @_guarded
     def onCallTransferRequest(self, prm: pj.OnCallTransferRequestParam) -> None:
@@ -329,9 +374,10 @@ class SipLeg(pj.Call):
         if self._port is None:
             self._port = self._ports.lend(self.media)
         if self._has_media and not self.media.is_held:
-            stream = self.getAudioMedia(-1)
-            listens = self._config.inband_dtmf
-            has_events = self.getStreamInfo(0).audRxEventPt > 0  # RFC 4733 was negotiated
+            stream, negotiated = self.getAudioMedia(-1), self.getStreamInfo(0)
+            put_right(stream, negotiated.codecName)
+            listens = self.inband_dtmf
+            has_events = negotiated.audRxEventPt > 0  # RFC 4733 was negotiated
             if listens == "off" or (listens == "auto" and has_events):
                 self.media.keys = None
             elif self.media.keys is None:
@@ -346,17 +392,33 @@ class SipLeg(pj.Call):
             before, self._hold_by = self._hold_by, by
             self._sink(self, HoldChanged(leg_id=self.leg_id, is_held=bool(by), by=by or before))
 
-    def _watch_source(self) -> None:
-        """Lock the RTP sockets to the party's source once it has sent; say once that others try."""
-        if not self._config.is_rtp_locked or not packet_filter.IS_AVAILABLE or self.media.is_held:
+    def _lock_source(self) -> None:
+        """RTP comes from where the SDP says, or else from who shows to be the party: see sip/rtp_lock.py."""
+        if self._rtp is None or not self._config.is_rtp_locked or not packet_filter.IS_AVAILABLE:
             return
-        if not self._lock.source:
-            transport = self.getMedTransportInfo(0)
-            if self._received_packets() - self._packets_at_lock >= PACKETS_BEFORE_LOCK and transport.srcRtpName:
-                self._lock.lock(int(transport.localRtpName.rsplit(":", 1)[1]), transport.srcRtpName)
-        elif not self._is_intrusion_told and (count := self._lock.num_refused()) and self._security is not None:
-            self._is_intrusion_told = True
-            self._security("rtp_source", self._lock.source, "RTP from elsewhere than this source was kept out", count)
+        if not self._has_media or self.media.is_held or self._is_silenced:  # the SDP may name nobody (RFC 3264 §8.4)
+            self._lock.open()
+            return
+        stream, transport = self.getStreamInfo(0), self.getMedTransportInfo(0)
+        payload_types = frozenset({stream.rxPt, stream.audRxEventPt, rtp_lock.COMFORT_NOISE_PT})
+        self._packets_at_lock = self._received_packets()
+        own = OwnSource(stream.remoteRtpAddress, payload_types, self._may_send)
+        self._lock.close_to(int(transport.localRtpName.rsplit(":", 1)[1]), own)
+
+    def _may_send(self, address: str) -> bool:
+        """The networks that may send us anything; the SDP's host; and who a trusted proxy says is calling."""
+        own, signalling = self._lock.own, self.incoming.source_address if self.incoming else ""
+        known = {rtp_lock.host_of(source) for source in (own.promised if own else "", signalling)}
+        return address in known or (self._rtp is not None and self._rtp.may_send(address))
+
+    def _watch_source(self, own: OwnSource) -> None:
+        if not own.is_heard and self._received_packets() > self._packets_at_lock:
+            own.is_heard = True
+        strangers = self._lock.poll()
+        for source, count in strangers.items():
+            detail = f"RTP from port {source.rpartition(':')[2]} was kept out; the call's own comes from {own.address}"
+            if self._rtp is not None:
+                self._rtp.note("rtp_source", rtp_lock.host_of(source), detail, count)
 
     def _judge_health(self, now_s: float) -> None:
         """Once, `health_after_s` after the answer; the level is looked at until then."""
@@ -371,7 +433,8 @@ class SipLeg(pj.Call):
         received, sent = stream.rtcp.rxStat, stream.rtcp.txStat
         counts = MediaCounts(
             packets_in=received.pkt, packets_out=sent.pkt, lost_in=received.loss, lost_out=sent.loss,
-            num_reports=sent.updateCount, level_in=self._loudest,
+            num_reports=sent.updateCount, reported_out=sent.pkt * _share_before(sent.update, stream.rtcp.start),
+            level_in=self._loudest,
         )  # fmt: skip
         self._sink(self, health_of(
             self.leg_id, counts, codec=self._codec(), is_held=self.media.is_held or self._is_silenced,
@@ -411,3 +474,10 @@ def _call_param(sip_status: int) -> pj.CallOpParam:
     param.statusCode = sip_status
     param.opt.audioCount, param.opt.videoCount = 1, 0
     return param
+
+
+def _share_before(moment: pj.TimeVal, start: pj.TimeVal) -> float:
+    """Which share of the time since `start` had passed at `moment`, 0-1: a stream sends packets all the time."""
+    since_s = moment.sec - start.sec + (moment.msec - start.msec) / 1000
+    now_s = time.time() - start.sec - start.msec / 1000
+    return min(max(since_s / now_s, 0.0), 1.0) if now_s > 0 else 0.0

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from telephony.leg import MediaHealth
 
+_MIN_LOST = 10  # a report of the first packets alone proves nothing
 _AUDIBLE_LEVEL = 8  # of 255, pjmedia's linear level: about -45 dBov
 
 
@@ -21,6 +22,7 @@ class MediaCounts:
     lost_in: int = 0
     lost_out: int = 0  # as the party's receiver reports say
     num_reports: int = 0  # receiver reports of the party
+    reported_out: float = 0.0  # of packets_out, what had left by the last of them
     level_in: int = 0  # loudest, 0-255
 
 
@@ -32,7 +34,7 @@ def health_of(
         verdict = "held"
     elif not counts.packets_in:
         verdict = "one_way_in_missing"
-    elif counts.num_reports and counts.packets_out and counts.lost_out >= counts.packets_out * 0.9:
+    elif counts.num_reports and counts.lost_out >= max(counts.reported_out * 0.9, _MIN_LOST):
         verdict = "one_way_out_missing"
     elif counts.level_in < _AUDIBLE_LEVEL:
         verdict = "silent_in"

@@ -1,22 +1,34 @@
 """pjsua2's media callbacks: 20 ms out, 20 ms in, handed to the leg that holds the port (hops 1 and 13).
 
 Ports are made once and lent to one call after another, never destroyed: pjmedia's clock thread may be inside a
-callback at any time, and SWIG frees a Python-owned port without asking it. Each also plays into the null device, so
-that pjmedia asks for samples on hold too and the leg's clock never stops. Samples are copied by ctypes because SWIG's
-own copies cost 10 to 200 times as much; that depends on libstdc++'s vector layout, which `check_frame_copy` proves at
-start.
+callback at any time, and SWIG frees a Python-owned port without asking it. While it is lent, each also plays into the
+null device, so that pjmedia asks for samples on hold too and the leg's clock never stops. Samples are copied by ctypes
+because SWIG's own copies cost 10 to 200 times as much; that depends on libstdc++'s vector layout, which
+`check_frame_copy` proves at start.
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 import traceback
 
 import pjsua2 as pj
 
 from telephony.config import TelephonyConfig
 from telephony.leg_media import LegMedia
+
+_this_thread = threading.local()
+
+
+def _stay_known() -> None:
+    """Keep Python's state of this thread of pjmedia's from one callback to the next. SWIG would make it and throw it
+    away each time, with memory from the kernel and back to it, a hundred times a second and call.
+    """
+    if not hasattr(_this_thread, "is_known"):
+        ctypes.pythonapi.PyGILState_Ensure()  # one more than is ever released
+        _this_thread.is_known = True
 
 
 class MediaPort(pj.AudioMediaPort):
@@ -25,14 +37,23 @@ class MediaPort(pj.AudioMediaPort):
     def __init__(self, name: str, config: TelephonyConfig, playback: pj.AudioMedia) -> None:
         super().__init__()
         self.media: LegMedia | None = None
+        self._playback = playback
         self._silence = bytes(2 * config.samples_per_frame)
         self._template = pj.ByteVector(len(self._silence), 0)
         audio_format = pj.MediaFormatAudio()
         audio_format.init(pj.PJMEDIA_FORMAT_PCM, config.sample_rate_hz, 1, config.ptime_ms * 1000, 16)
         self.createPort(name, audio_format)
-        self.startTransmit(playback)
+
+    def start(self, media: LegMedia) -> None:
+        self.media = media
+        self.startTransmit(self._playback)
+
+    def stop(self) -> None:
+        self.media = None
+        self.stopTransmit(self._playback)
 
     def onFrameRequested(self, frame: pj.MediaFrame) -> None:
+        _stay_known()
         pcm, media = self._silence, self.media
         try:
             if media is not None:
@@ -61,11 +82,18 @@ class MediaPorts:
 
     def lend(self, media: LegMedia) -> MediaPort:
         port = self._free.pop()
-        port.media = media
+        try:
+            port.start(media)
+        except pj.Error:
+            self.take_back(port)
+            raise
         return port
 
     def take_back(self, port: MediaPort) -> None:
-        port.media = None
+        try:
+            port.stop()
+        except pj.Error as error:  # it was not playing; the call's end must be told all the same
+            print(f"sip: media port: {error.info(False)}", file=sys.stderr)
         self._free.insert(0, port)  # the longest unused goes next
 
 

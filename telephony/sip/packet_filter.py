@@ -2,7 +2,7 @@
 
 Classic BPF: no privilege is needed for one's own sockets. Three uses: unlisted UDP packets are
 steered to a socket of ours that never answers (SO_ATTACH_REUSEPORT_CBPF), unlisted TCP connections find nobody
-(SO_ATTACH_FILTER drops their SYN), and a call's RTP socket takes packets from one source only. Elsewhere than on Linux
+(SO_ATTACH_FILTER drops their SYN), and a call's RTP that is not of its own source comes to us. Elsewhere than on Linux
 these are not there, and `sip/trunk.py` refuses unlisted INVITEs with 403 instead.
 """
 
@@ -64,14 +64,19 @@ def _matches(network: Network, verdict: int) -> list[Instruction]:
     return [*program, (_RETURN, 0, 0, verdict)]
 
 
-def from_one_source(address: str, port: int) -> list[Instruction]:
-    """Let only packets of this address and UDP port pass; port 0 = any port."""
+def from_one_source(address: str, port: int, own: int = 0xFFFFFFFF, others: int = 0) -> list[Instruction]:
+    """Return `own` for packets of this address and UDP port (0 = any port), else `others`."""
     network = ipaddress.ip_network(address)
-    passes = by_source([network], 0xFFFFFFFF, 0)
     if not port:
-        return passes
-    # At a socket filter the packet pointer stands at the UDP header: its first half-word is the source port.
-    return [(_LOAD_HALF, 0, 0, 0), (_EQUAL, 1, 0, port), (_RETURN, 0, 0, 0), *passes]
+        return by_source([network], own, others)
+    # A packet with IP options or extension headers has its port elsewhere; no RTP has them.
+    plain = (0, 0x45, 20) if network.version == 4 else (6, socket.IPPROTO_UDP, 40)
+    at, value, header_bytes = plain
+    return [
+        (_LOAD_BYTE, 0, 0, _NET_OFFSET + at), (_EQUAL, 1, 0, value), (_RETURN, 0, 0, others),
+        (_LOAD_HALF, 0, 0, _NET_OFFSET + header_bytes), (_EQUAL, 1, 0, port), (_RETURN, 0, 0, others),
+        *by_source([network], own, others),
+    ]  # fmt: skip
 
 
 def attach(fd: int, program: list[Instruction]) -> None:
@@ -98,8 +103,32 @@ def _attach(fd: int, option: int, program: list[Instruction]) -> None:
 
 
 def _socket_of(fd: int) -> socket.socket:
-    """A Python socket on a descriptor of somebody else; closing it leaves theirs open."""
-    return socket.socket(fileno=os.dup(fd))
+    """A Python socket on a descriptor of somebody else; closing it leaves theirs open. OSError for no socket."""
+    own = os.dup(fd)
+    try:
+        return socket.socket(fileno=own)
+    except BaseException:
+        os.close(own)  # else each search would leave one behind for each file and pipe it passes
+        raise
+
+
+def socket_beside(fd: int, buffer_bytes: int) -> socket.socket:
+    """A non-blocking socket of ours at the address of this UDP socket, second in order: see `steer`.
+
+    SO_REUSEPORT is set after the other one was bound, so that its own bind was refused where the port was taken.
+    """
+    with _socket_of(fd) as first:
+        first.setsockopt(socket.SOL_SOCKET, SO_REUSEPORT, 1)
+        second = socket.socket(first.family, socket.SOCK_DGRAM)
+        try:
+            second.setsockopt(socket.SOL_SOCKET, SO_REUSEPORT, 1)
+            second.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
+            second.setblocking(False)
+            second.bind(first.getsockname())
+        except BaseException:
+            second.close()
+            raise
+        return second
 
 
 def find_socket(port: int, kind: socket.SocketKind, *, is_listening: bool = False) -> int:
@@ -114,18 +143,3 @@ def find_socket(port: int, kind: socket.SocketKind, *, is_listening: bool = Fals
         except (OSError, IndexError, TypeError):  # closed meanwhile, or not a socket with a port
             continue
     return -1
-
-
-def dropped_packets(fd: int) -> int:
-    """How many packets this UDP socket's filter (or a full buffer) has thrown away."""
-    inode = str(os.fstat(fd).st_ino)
-    for path in ("/proc/self/net/udp", "/proc/self/net/udp6"):
-        try:
-            with open(path, encoding="ascii") as table:
-                for row in table:
-                    columns = row.split()
-                    if len(columns) > 12 and columns[9] == inode:
-                        return int(columns[12])
-        except OSError:
-            continue
-    return 0

@@ -29,17 +29,26 @@ class OutboundRefer:
         self._leg_id = leg_id
         self._deadline_s = now_s + timeout_s
         self.is_done = False
+        self._is_accepted = False  # 202, or news of progress
 
     def on_status(self, sip_status: int, reason: str, is_final: bool) -> ReferResult | None:
         """A NOTIFY's sipfrag, or the refusal of the REFER itself. 1xx is news of progress only."""
-        if self.is_done or (sip_status < 200 and not is_final):
+        if self.is_done:
             return None
-        if not is_final and sip_status == 202:  # the REFER was accepted; the outcome is still to come
+        if not is_final and (sip_status < 200 or sip_status == 202):  # accepted; the outcome is still to come
+            self._is_accepted = True
             return None
         self.is_done = True
         if sip_status < 200:  # the subscription ended without an outcome
             return ReferResult(leg_id=self._leg_id, sip_status=500, reason=f"ended with {sip_status} {reason}")
         return ReferResult(leg_id=self._leg_id, sip_status=sip_status, reason=reason)
+
+    def on_party_gone(self) -> ReferResult | None:
+        """BYE before the last NOTIFY, as RFC 5589 §6.1 lets the party do: gone where we sent it, or just gone."""
+        if self.is_done or not self._is_accepted:
+            return None
+        self.is_done = True
+        return ReferResult(leg_id=self._leg_id, sip_status=0, reason="the party left before the outcome was told")
 
     def on_time(self, now_s: float) -> ReferResult | None:
         if self.is_done or now_s < self._deadline_s:

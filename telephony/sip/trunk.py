@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import ipaddress
 import re
-import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from telephony.config import TelephonyConfig
+from telephony.sip.names import literal_of
 from telephony.trunk_config import TrunkConfig
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+AddressesOf = Callable[[str], Iterable[str]]
+"""What `host` or `host:port` is known to have, perhaps nothing."""
 
 _URI = re.compile(r"^(sips?|tel):(?:([^@;?]*)@)?(\[[0-9A-Fa-f:.]+\]|[^:;?>@\s]+)(?::(\d{1,5}))?", re.IGNORECASE)
 _QUOTED = re.compile(r'^\s*"((?:[^"\\]|\\.)*)"')  # RFC 3261 §25.1 quoted-string
@@ -57,11 +59,10 @@ def check_outbound(uri: str, config: TelephonyConfig) -> None:
 
 
 class Neighbours:
-    """The networks SIP may come from. Host names are looked up at `refresh`, which the endpoint calls at start and when
-    a trunk stops answering."""
+    """The networks SIP may come from. `refresh` when host names have other addresses (sip/names.py)."""
 
-    def __init__(self, config: TelephonyConfig) -> None:
-        self._config = config
+    def __init__(self, config: TelephonyConfig, addresses_of: AddressesOf = literal_of) -> None:
+        self._config, self._addresses_of = config, addresses_of
         self._listed = [ipaddress.ip_network(source) for source in config.allowed_sources]
         self._proxies = [ipaddress.ip_network(source) for source in config.trusted_proxies]
         self._of_trunk: dict[str, list[Network]] = {}
@@ -71,9 +72,13 @@ class Neighbours:
     def refresh(self) -> None:
         for trunk in self._config.trunks:
             networks = [ipaddress.ip_network(source) for source in trunk.sources]
-            self._of_trunk[trunk.name] = networks or addresses_of(trunk.hosts)
+            self._of_trunk[trunk.name] = networks or self._networks_of(trunk.hosts)
         called = [*self._config.outbound_hosts, *(host for trunk in self._config.trunks for host in trunk.hosts)]
-        self._answering = addresses_of(called)
+        self._answering = self._networks_of(called)
+
+    def _networks_of(self, hosts: Iterable[str]) -> list[Network]:
+        """A name that has no address yet has no network."""
+        return [ipaddress.ip_network(address) for host in hosts for address in self._addresses_of(host)]
 
     def trunk_of(self, source_address: str) -> TrunkConfig | None:
         """Whose call this is: the first trunk that has the source."""
@@ -101,27 +106,24 @@ class Neighbours:
         own = [*self._listed, *self._proxies]  # a proxy of ours has its own list
         return _is_in(address, own) or self.trunk_of(source_address) is not None
 
+    def may_send_rtp(self, address: str) -> bool:
+        """May RTP come from this IP address where no SDP says so (symmetric RTP, RFC 4961)?"""
+        parsed = _address(f"[{address}]:0" if ":" in address else f"{address}:0")
+        return parsed is not None and _is_in(parsed, self.networks())
+
     def networks(self) -> list[Network]:
         """Everything a packet may come from: who may call us, and who answers when we call."""
         listed = self._listed
         if not listed and not self._config.trunks:
             listed = [ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128")]
         own = [network for networks in self._of_trunk.values() for network in networks]
+        own.append(ipaddress.ip_network(reachable(self._config.sip_bind)))  # our heartbeat (options.py) is heard
         return sorted({*listed, *own, *self._proxies, *self._answering}, key=lambda network: (network.version, network))
 
 
-def addresses_of(hosts: Iterable[str]) -> list[Network]:
-    """Where `host` or `host:port` lie; a name that cannot be looked up now has no address."""
-    found: list[Network] = []
-    for entry in hosts:
-        name = entry.partition("]")[0].strip("[") if entry.startswith("[") else entry.partition(":")[0]
-        try:
-            found += [
-                ipaddress.ip_network(item[4][0]) for item in socket.getaddrinfo(name, None, type=socket.SOCK_DGRAM)
-            ]
-        except (OSError, ValueError):
-            continue
-    return found
+def reachable(bind: str) -> str:
+    """Where this machine itself reaches what is bound to this address."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bind, bind)
 
 
 def _address(source_address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

@@ -70,7 +70,8 @@ class WebRtcConfig:
     """Time from our answer until ICE and DTLS must be done, 1-60."""
 
     media_timeout_s: float = 10.0
-    """A call whose browser sends nothing for so long is ended, cause media_timeout, 2-600."""
+    """A call whose browser sends nothing for so long is ended, cause media_timeout, 2-25; the page says "reconnecting"
+    meanwhile. WebRTC itself gives up after 30 s (RFC 7675)."""
 
     jitter_ms: int = 40
     """Caller audio kept in hand against late packets, 20-200; what is late is concealed."""
@@ -106,7 +107,7 @@ class WebRtcConfig:
         ranges: dict[str, tuple[float, float]] = {
             "num_workers": (0, 16), "max_calls": (1, 50), "port_first": (0, 65535), "port_last": (0, 65535),
             "turn_credential_s": (60, 86400), "start_within_s": (5, 3600), "connect_timeout_s": (1, 60),
-            "media_timeout_s": (2, 600), "jitter_ms": (20, 200),
+            "media_timeout_s": (2, 25), "jitter_ms": (20, 200),
         }  # fmt: skip
         for key, (low, high) in ranges.items():
             if not low <= getattr(self, key) <= high:

@@ -102,9 +102,6 @@ class WebRtcLeg:
             case _:
                 raise LegError(f"{type(command).__name__} is not possible in a call from a browser")
 
-    def send_dtmf(self, digits: str, *_: Any) -> None:
-        raise LegError("a browser takes no keys")
-
     def refuse(self, sip_status: int, retry_after_s: int, cause: Cause) -> None:
         reason = "all lines are busy" if sip_status == 503 else f"refused: {cause}"
         self._settle(Refused(status=sip_status, reason=reason, retry_after_s=retry_after_s))

@@ -2,6 +2,7 @@
 server and a worker.
 
     Offer --> worker --> agent decides --> Answered (SDP) | Refused (status, why)
+    Check --> worker --> Here                                (its event loop, which is its media clock's too, turns)
 
 The answer waits for the agent, exactly as a SIP caller waits for 200 OK. A connection that closes before the answer is
 a caller who gave up (CANCEL). Signalling is sticky: every later word of a call goes over its own data channel, so it
@@ -50,12 +51,20 @@ class Refused(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     is_worker_full: bool = False
 
 
+class Check(msgspec.Struct, frozen=True, tag=True):
+    """Are you there?"""
+
+
+class Here(msgspec.Struct, frozen=True, tag=True):
+    """Answer to Check."""
+
+
 Reply = Answered | Refused
 Offered = Callable[[Offer], "asyncio.Future[Reply]"]
 
 _encoder = msgspec.msgpack.Encoder()
-_offers = msgspec.msgpack.Decoder(Offer)
-_replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+_asks: msgspec.msgpack.Decoder[Offer | Check] = msgspec.msgpack.Decoder(Offer | Check)
+_replies: msgspec.msgpack.Decoder[Reply | Here] = msgspec.msgpack.Decoder(Reply | Here)
 
 
 async def serve_offers(path: Path, offered: Offered) -> asyncio.Server:
@@ -76,7 +85,12 @@ async def serve_offers(path: Path, offered: Offered) -> asyncio.Server:
 
 
 async def _serve_one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, offered: Offered) -> None:
-    reply = offered(_offers.decode(await _read(reader)))
+    ask = _asks.decode(await _read(reader))
+    if isinstance(ask, Check):
+        writer.write(_framed(Here()))
+        await writer.drain()
+        return
+    reply = offered(ask)
     gone = asyncio.ensure_future(reader.read(1))
     try:
         both: set[asyncio.Future[Any]] = {reply, gone}
@@ -95,11 +109,23 @@ class OfferFailed(Exception):
 
 async def send_offer(path: Path, offer: Offer, timeout_s: float) -> Reply:
     """The page's end; OfferFailed when the worker is gone or silent. Cancelling it takes the call back."""
+    reply = await _ask(path, offer, timeout_s)
+    if isinstance(reply, Here):
+        raise OfferFailed("an answer to another question")
+    return reply
+
+
+async def send_check(path: Path, timeout_s: float) -> None:
+    """Returns when the worker has answered; OfferFailed."""
+    await _ask(path, Check(), timeout_s)
+
+
+async def _ask(path: Path, ask: Offer | Check, timeout_s: float) -> Reply | Here:
     try:
         async with asyncio.timeout(timeout_s):
             reader, writer = await asyncio.open_unix_connection(str(path))
             try:
-                writer.write(_framed(offer))
+                writer.write(_framed(ask))
                 return _replies.decode(await _read(reader))
             finally:
                 writer.close()

@@ -1,9 +1,10 @@
 """What opens a browser call: a token that ends by itself and counts once, and TURN credentials of the same kind.
 
 A token says what the call may be (dialled number, who calls) and is signed with HMAC-SHA256, so the page that starts a
-call needs no session: `v1.<claims>.<signature>`, both base64url. TURN: username `<expiry>:<name>`, password
-base64(HMAC-SHA1(secret, username)), the form that coturn calls use-auth-secret (draft-uberti-behave-turn-rest-00).
-Time is an argument.
+call needs no session: `v1.<claims>.<signature>`, both base64url. None may last longer than tokens of ours do, whoever
+signed it: what was used has to be remembered only until then. Where, the caller says (`spend`): it must outlive the
+process, or a restart would make used tokens new. TURN: username `<expiry>:<name>`, password base64(HMAC-SHA1(secret,
+username)), the form that coturn calls use-auth-secret (draft-uberti-behave-turn-rest-00). Time is an argument.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ import binascii
 import hashlib
 import hmac
 import secrets
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
 MAX_TOKEN_CHARS = 1_000
-_MAX_REMEMBERED = 10_000
+CLOCK_SKEW_S = 30  # another server's clock may be ahead of ours by so much
+Spend = Callable[[str, float, float], bool]
+"""spend(nonce, expires_at_s, now_s): remember until then that this was used; False when it was used before."""
 
 
 class TokenRefused(Exception):
@@ -36,11 +40,10 @@ class CallTicket(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TicketOffice:
-    """Makes and takes call tokens. One per process that starts calls: a token counts once."""
+    """Makes and takes call tokens; with one `spend` for all offices of a secret, each token counts once."""
 
-    def __init__(self, secret: bytes, valid_s: int) -> None:
-        self._secret, self._valid_s = secret, valid_s
-        self._used: dict[str, int] = {}  # nonce -> expiry
+    def __init__(self, secret: bytes, valid_s: int, spend: Spend) -> None:
+        self._secret, self._valid_s, self._spend = secret, valid_s, spend
 
     def sell(self, did: str, ani: str, display_name: str, now_s: float) -> str:
         ticket = CallTicket(did, ani, display_name, int(now_s) + self._valid_s, secrets.token_hex(12))
@@ -58,13 +61,10 @@ class TicketOffice:
             raise TokenRefused("this is not a token for a call") from error
         if now_s >= ticket.expires_at_s:
             raise TokenRefused("the token has expired")
-        if ticket.nonce in self._used:
+        if ticket.expires_at_s > now_s + self._valid_s + CLOCK_SKEW_S:
+            raise TokenRefused(f"the token lasts too long: at most {self._valid_s} s (webrtc.start_within_s)")
+        if not self._spend(ticket.nonce, ticket.expires_at_s, now_s):
             raise TokenRefused("the token was used before")
-        if len(self._used) >= _MAX_REMEMBERED:
-            self._used = {nonce: expiry for nonce, expiry in self._used.items() if expiry > now_s}
-        if len(self._used) >= _MAX_REMEMBERED:
-            raise TokenRefused("too many calls are being started")
-        self._used[ticket.nonce] = ticket.expires_at_s
         return ticket
 
     def _signature(self, text: str) -> str:

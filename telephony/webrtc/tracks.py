@@ -15,6 +15,8 @@ import av
 import numpy as np
 from aiortc.mediastreams import MediaStreamError, MediaStreamTrack
 
+from telephony.resample import StreamResampler
+
 _MAX_QUEUED = 10  # frames; a sender stuck for longer than 200 ms gets the newest
 # The encoder's resampler withholds a few samples, and would for want of them send every packet one frame later.
 _LEAD_MS = 2
@@ -54,7 +56,7 @@ class AgentTrack(MediaStreamTrack):
 
 async def read_caller(track: MediaStreamTrack, push: Callable[[int, np.ndarray], None], rate_hz: int) -> None:
     """`push(start_sample, pcm)` until the track ends. One resampler for the whole stream: no frame edge is heard."""
-    resampler = av.AudioResampler(format="s16", layout="mono", rate=rate_hz)
+    resampler: StreamResampler | None = None
     origin: int | None = None
     num_out = 0
     expected: int | None = None
@@ -63,14 +65,18 @@ async def read_caller(track: MediaStreamTrack, push: Callable[[int, np.ndarray],
             frame = await track.recv()
         except MediaStreamError:
             return
-        assert isinstance(frame, av.AudioFrame), type(frame)
+        assert isinstance(frame, av.AudioFrame) and frame.format.name == "s16", frame  # as aiortc's decoders give it
         if frame.pts is None:
             continue
         position = frame.pts * rate_hz // frame.sample_rate
         if origin is None or expected is None or abs(position - expected) > 1:
             origin, num_out = position, 0  # first, or after a gap: the timeline is told where it goes on
         expected = position + frame.samples * rate_hz // frame.sample_rate
-        for part in resampler.resample(frame):
-            pcm = part.to_ndarray().reshape(-1)
+        if resampler is None or (resampler.from_hz, resampler.layout) != (frame.sample_rate, frame.layout.name):
+            resampler = StreamResampler(frame.sample_rate, rate_hz, frame.layout.name)
+            origin, num_out = position, 0
+        samples = bytes(frame.planes[0])[: 2 * frame.layout.nb_channels * frame.samples]  # a plane is padded
+        pcm = np.frombuffer(resampler.push(samples), "<i2")
+        if len(pcm):
             push(origin + num_out, pcm)
             num_out += len(pcm)

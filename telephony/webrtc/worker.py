@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 from telephony.config import TelephonyConfig
+from telephony.holdings import told
 from telephony.media_worker import Admission, MediaWorker, Sink
 from telephony.priority import run_first
 from telephony.webrtc.config import WebRtcConfig, media_config
@@ -42,6 +43,10 @@ class BrowserWorker(MediaWorker):
     def _make_endpoint(self, sink: Sink, admission: Admission) -> WebRtcEndpoint:
         self._browsers = WebRtcEndpoint(self.config, self._settings, sink, admission)
         return self._browsers
+
+    def counts(self) -> dict[str, int]:
+        """What is held for calls, for whoever looks for a leak."""
+        return super().counts() | {"tasks": len(asyncio.all_tasks())}
 
     async def run(self, offers: Path, ready: str) -> None:
         """Until told to stop."""
@@ -81,6 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
             worker = BrowserWorker(config, settings, options.socket, options.parent_pid)
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, worker.on_signal)
+            signal.signal(signal.SIGUSR1, lambda _number, _frame: print(told(worker.counts()), flush=True))
             ready = {"ready": True, "max_calls": settings.max_calls, "pid": os.getpid(), "scheduling": scheduling}
             await worker.run(options.offers, json.dumps(ready))
 

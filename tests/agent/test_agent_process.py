@@ -6,6 +6,7 @@ import asyncio
 import os
 from array import array
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,16 @@ voices = ["agent"]
 """
 LOUD = array("h", [6000, -6000] * 400).tobytes()  # 0.1 s
 LEG_ID = "leg-1"
+LINE_CAMPAIGN = """
+dids = ["100"]
+shop = "acme"
+tools = []
+persona = {name = "anna"}
+style = {languages = ["en"], dialect = "us", emotion = "calm", rate = "normal"}
+caller = {headers = {"X-Customer" = "customer_id"}}
+[lines]
+greeting = ["hello {customer_id}.", "hello."]
+"""
 
 
 @pytest.fixture
@@ -153,6 +164,42 @@ async def test_a_parent_that_is_gone_ends_it(config: Config, tmp_path: Path, eng
     await asyncio.wait_for(AgentProcess(config, tmp_path).run(parent_pid=1 if os.getppid() != 1 else 2), 5.0)
 
 
+# ------------------------------------------------------------- the line it came by
+
+
+async def test_headers_that_the_campaign_names_reach_line_prompt_and_record_and_outlive_the_agent(
+    config: Config, tmp_path: Path, engine: RuntimeServer
+) -> None:
+    (tmp_path / "campaigns").mkdir()
+    (tmp_path / "campaigns" / "acme.toml").write_text(LINE_CAMPAIGN)
+    named = replace(config, policies=replace(config.policies, campaigns_dir=str(tmp_path / "campaigns")))
+    process = agent_process(named, tmp_path)
+    leg = LoopbackLeg(LEG_ID, ani="+390212345")
+    call = asyncio.create_task(process.reception.guard(leg))
+    leg.ring({"x-customer": "c-17 <b>", "X-Other": "not read", "From": "sip:a@b"}, trunk="carrier", is_asserted=True)
+    await until(lambda: leg.state is tel.LegState.CONFIRMED)
+    live = process.reception.calls[call_id_of(LEG_ID)]
+    assert live.call.setup.lines.texts["greeting"] == ("hello c-17 b.", "hello.")
+    assert live.call._system_prompt().endswith("claims customer_id=c-17_b.")
+    assert live.call.desk.frame.claims == {"customer_id": "c-17 b"}
+    row = process.store.get_call(call_id_of(LEG_ID))
+    kept = {"trunk": "carrier", "is_withheld": False, "is_asserted": True, "headers": {"X-Customer": "c-17 b"}}
+    assert row["line"] == kept
+    await killed(process, call)
+    again = agent_process(named, tmp_path)
+    resumed_leg = ResumedLeg(LEG_ID)
+    resumed_leg.state = tel.LegState.CONFIRMED
+    call = asyncio.create_task(again.reception.guard(resumed_leg))
+    await until(lambda: call_id_of(LEG_ID) in again.reception.calls)
+    facts = again.reception.calls[call_id_of(LEG_ID)].call.setup.facts
+    assert (facts.trunk, facts.is_number_asserted, facts.headers) == ("carrier", True, {"X-Customer": "c-17 b"})
+    resumed_leg.hang_up()
+    await asyncio.wait_for(call, 5.0)
+    await again.engines.close()
+    again.writer.shutdown()
+    again.store.close()
+
+
 # ------------------------------------------------------- a call that outlived an agent
 
 
@@ -182,13 +229,17 @@ async def dead_agent(config: Config, folder: Path, *, is_notice_heard: bool) -> 
                 await advance(leg, 0.2)
         leg.speak(LOUD)
         await advance(leg, 3.0)
+    await killed(process, call)
+    return leg
+
+
+async def killed(process: AgentProcess, call: asyncio.Task[None]) -> None:
     call.cancel()
     await asyncio.gather(call, return_exceptions=True)
     await process.engines.close()
     process.writer.shutdown()
     process.store.flush()
     process.store._writer_lock.close()  # what the kernel does when it dies
-    return leg
 
 
 async def resumed(config: Config, folder: Path, before: LoopbackLeg) -> dict[str, Any]:

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import soundfile
 
-from agent.supervisor.api import create_app, parse_range, percentiles
+from agent.supervisor.api import create_app, percentiles
 from agent.supervisor.auth import Door
 from agent.supervisor.config import WebConfig
 from agent.supervisor.guard import OFFER_PATH
 from agent.supervisor.live import LiveTail, as_event
+from agent.supervisor.recordings import parse_range
 from storage.audit import verify_audit
 from storage.calls import CallStore
 from storage.config import StorageConfig
@@ -48,6 +49,7 @@ class Page:
 
 def fill(store: CallStore) -> None:
     store.open_call("c1", did="100", ani="+49301", display_name=ATTACK, campaign="acme", now=NOW)
+    store.note_line("c1", trunk="t", is_withheld=True, is_asserted=False, headers={"X-Customer": ATTACK}, now=NOW)
     recorder = store.start_recording("c1", policy="always", now=NOW)
     sound = np.arange(16_000, dtype=np.int16)
     for at in range(0, 16_000, 800):
@@ -93,7 +95,8 @@ async def test_every_route_there_is_needs_the_cookie(page: Page) -> None:
     await page.sign_in()
     paths = (await page.client.get("/api/openapi.json")).json()["paths"]
     page.client.cookies.clear()
-    for path in set(paths) - {"/healthz", "/login", OFFER_PATH}:  # an offer has a token of its own
+    open_ones = {"/healthz", "/readyz", "/metrics", "/login", OFFER_PATH}  # the last has a token of its own
+    for path in set(paths) - open_ones:
         for method in paths[path]:
             address = path.format(call_id="c1", kind="csv", wanted="pause")
             answer = await page.client.request(method, address, headers={"origin": ORIGIN, "content-length": "0"})
@@ -168,6 +171,8 @@ async def test_display_name_is_data_and_never_markup(page: Page) -> None:
     await page.sign_in()
     answer = await page.client.get("/api/calls/c1")
     assert answer.json()["display_name"] == ATTACK
+    line = {"trunk": "t", "is_withheld": True, "is_asserted": False, "headers": {"X-Customer": ATTACK}}
+    assert answer.json()["line"] == line
     assert answer.headers["content-type"] == "application/json"
     assert answer.headers["x-content-type-options"] == "nosniff"
     for path in ("/", "/login"):

@@ -26,6 +26,25 @@ def test_number_is_brought_to_one_form(number: str) -> None:
     assert validate("look_up_order", {"order_number": number}, ALL, FRAME) == {"order_number": "45612"}
 
 
+@pytest.mark.parametrize(("asked", "keys"), [("1 2, 3#", "123#"), ("*a", "*A"), ("1" * 16, "1" * 16)])
+def test_keys_are_those_of_a_telephone(asked: str, keys: str) -> None:
+    assert validate("send_keys", {"keys": asked}, ("send_keys",), FRAME) == {"keys": keys}
+
+
+@pytest.mark.parametrize("asked", ["", "e", "1" * 17, "12w", "٣"])
+def test_other_keys_and_too_many_are_refused(asked: str) -> None:
+    with pytest.raises(BadArguments):
+        validate("send_keys", {"keys": asked}, ("send_keys",), FRAME)
+
+
+def test_argument_the_model_leaves_out_is_the_claim_of_that_name_and_checked_as_any_other() -> None:
+    claimed = CallFrame(order_digits=5, today=0, claims={"order_number": "45 612", "customer_id": "c-17"})
+    assert validate("look_up_order", {}, ALL, claimed) == {"order_number": "45612"}
+    assert validate("look_up_order", {"order_number": "11111"}, ALL, claimed) == {"order_number": "11111"}
+    with pytest.raises(BadArguments):
+        validate("look_up_order", {}, ALL, CallFrame(order_digits=5, today=0, claims={"order_number": "all of them"}))
+
+
 @pytest.mark.parametrize("number", ["", "4561", "456123", "4561x", "४५६१२", "45612; drop table orders"])
 def test_number_of_another_form_is_refused(number: str) -> None:
     with pytest.raises(BadArguments) as caught:

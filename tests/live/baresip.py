@@ -34,11 +34,12 @@ module stdio.so
 module g711.so
 module aufile.so
 module sndfile.so
+module srtp.so
 module_tmp uuid.so
 module_tmp account.so
 module_app menu.so
 """
-ACCOUNT = "<sip:{user}@127.0.0.1:{port}>;regint=0;answermode={answer}\n"
+ACCOUNT = "<sip:{user}@127.0.0.1:{port}>;regint=0;answermode={answer}{more}\n"
 
 
 class Baresip:
@@ -46,14 +47,17 @@ class Baresip:
 
     def __init__(
         self, folder: Path, source: np.ndarray, dial: str = "", answer: str = "auto", user: str = "baresip",
-        quits_after_s: int = 30, port: int = 0,
+        quits_after_s: int = 30, port: int = 0, mediaenc: str = "",
     ) -> None:  # fmt: skip
+        """`mediaenc`: srtp (offered, accepted) or srtp-mand (RTP/SAVP or nothing)."""
         folder.mkdir(exist_ok=True)
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.bind(("127.0.0.1", port))
             self.port = probe.getsockname()[1]
         write_wav(folder / "source.wav", source)
-        (folder / "accounts").write_text(ACCOUNT.format(user=user, port=self.port, answer=answer))
+        (folder / "accounts").write_text(ACCOUNT.format(
+            user=user, port=self.port, answer=answer, more=f";mediaenc={mediaenc}" if mediaenc else ""
+        ))  # fmt: skip
         (folder / "contacts").write_text("")
         (folder / "config").write_text(
             CONFIG.format(port=self.port, source=folder / "source.wav", folder=folder, modules=MODULES)

@@ -1,7 +1,8 @@
 """`minmo serve` as a user starts it, with the shipped weights, once for all live tests: real peers call it.
 
 A process of its own with a settings file, a database, a page and a demo shop of its own. `Served.call_of` is the only
-way the tests look at a call: the store, as any other process sees it.
+way the tests look at a call: the store, as any other process sees it. An answer that is late is waited for, not given
+up (`recover_after_s`): other tests have the same cores, and what a caller is owed is tested in virtual time.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ SETTINGS = """
 [agent]
 log_level = "warning"
 run_folder = "{folder}/run"
+[turn_taking]
+recover_after_s = 30.0
 [telephony]
 sip_port = {sip_port}
 [web]
@@ -99,7 +102,7 @@ def wait_for(condition: Callable[[], bool], within_s: float, what: str) -> None:
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what} after {within_s:.0f} s")
-        time.sleep(0.1)
+        time.sleep(0.3)  # most conditions read the whole store
 
 
 def ask(served: Served, peer: Baresip, ani: str, said: np.ndarray, answer: str) -> None:

@@ -57,7 +57,6 @@ class Party(RawPeer):
         self._thread.start()
 
     def _run(self, target: tuple[str, int], voice: bytes) -> None:
-        self.media.settimeout(0.001)
         begun = time.monotonic()
         for number in range(10_000):
             if self._is_closed:
@@ -65,11 +64,12 @@ class Party(RawPeer):
             at = 160 * number % max(160, len(voice))
             head = b"\x80\x00" + (number & 0xFFFF).to_bytes(2, "big") + (160 * number).to_bytes(4, "big") + b"\0\0\0\1"
             self.media.sendto(head + voice[at : at + 160].ljust(160, b"\xff"), target)
-            while time.monotonic() < begun + 0.02 * number:
+            while (left_s := begun + 0.02 * number - time.monotonic()) > 0:
+                self.media.settimeout(left_s)
                 try:
                     packet = self.media.recv(2048)
                 except TimeoutError:
-                    continue
+                    break
                 if packet[1] & 0x7F == 0:
                     self.heard += packet[12:]
 
@@ -108,6 +108,8 @@ class Caller(Party):
 def caller(stack: CallingStack) -> Iterator[Caller]:
     party = Caller(stack.address)
     yield party
+    if party.tag_of_agent:
+        party.in_dialog("BYE")  # again, or because the test failed: the next one finds a free line
     party.close()
 
 
@@ -145,6 +147,18 @@ async def answers(desk: Party, invite: str) -> None:
     desk.talk(invite, mu_law(warble(4.0, 300)))
 
 
+async def hears_the_person(caller: Caller) -> None:
+    """In two windows of six: on a busy machine the person's packets come late, and a jitter buffer conceals."""
+    found = []
+    for _ in range(6):
+        caller.heard.clear()
+        await asyncio.sleep(3.0)
+        found.append(similarity(pcm_of(caller.heard), warble(4.0, 300)))
+        if sum(likeness > 0.8 for likeness in found) == 2:
+            return
+    raise AssertionError(f"the caller hears something else: {found}")
+
+
 async def test_person_is_told_takes_the_call_with_a_key_and_talks_to_the_caller(
     stack: CallingStack, caller: Caller, desk: Party
 ) -> None:
@@ -162,9 +176,7 @@ async def test_person_is_told_takes_the_call_with_a_key_and_talks_to_the_caller(
     handoff = handoff_of(closed)
     assert (handoff["state"], handoff["target"]) == ("accepted", f"sip:desk@127.0.0.1:{DESK_PORT}")
     assert "Caller: raw" in handoff["summary"] and "Campaign: acme" in handoff["summary"]
-    caller.heard.clear()
-    await asyncio.sleep(3.0)
-    assert similarity(pcm_of(caller.heard), warble(4.0, 300)) > 0.8  # the person's voice at the caller
+    await hears_the_person(caller)
     caller.in_dialog("BYE")
     assert await asyncio.to_thread(desk.receive, "BYE")
 

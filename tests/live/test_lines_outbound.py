@@ -104,6 +104,7 @@ async def test_call_out_by_number_goes_on_to_the_trunk_that_answers(stack: Calli
         ("603 Decline", "rejected", "rejected"),
         ("404 Not Found", "rejected", "not_found"),
         ("480 Temporarily Unavailable", "no_answer", "no_answer"),
+        ("302 Moved Temporarily", "rejected", "redirected"),
         ("", "no_answer", "no_answer"),  # rings and rings
     ],
 )
@@ -125,6 +126,23 @@ async def test_call_out_that_is_not_answered_is_filed_by_its_sip_cause(
     (ended,) = [event for event in stack.events_of(dialled.call_id) if event["kind"] == "leg_ended"]
     assert ended["payload"]["sip_status"] == int(status.split()[0] if status else 487)
     assert not call["turns"]
+
+
+async def test_call_that_is_sent_elsewhere_goes_nowhere_else(
+    stack: CallingStack, new_callee: Callable[[], Callee]
+) -> None:
+    """Toll fraud: whoever is called must not choose whom we pay for, in reach of `outbound_hosts` or not."""
+    callee, elsewhere = new_callee(), new_callee()
+    dialled = await stack.dial(uri=callee.uri)
+    invite = await callee.invited()
+    contacts = f"Contact: <{elsewhere.uri}>, <sip:+881@192.0.2.1>;q=0.5\r\n"
+    callee.peer.respond(invite, "300 Multiple Choices", headers=contacts)
+    assert isinstance(dialled, Dialled)
+    call = await stack.closed(dialled.call_id)
+    assert (call["disposition"], call["cause"], call["answered_at"]) == ("rejected", "redirected", None)
+    elsewhere.peer.socket.settimeout(1.0)
+    with pytest.raises(TimeoutError):
+        await elsewhere.invited()
 
 
 async def test_what_is_not_allowed_is_refused_before_a_packet_leaves_and_leaves_no_row(stack: CallingStack) -> None:

@@ -52,8 +52,11 @@ def rows_of(stack: CallingStack, source: str) -> list[tuple[str, int]]:
     return [(row["kind"], row["count"]) for row in stack.security() if row["source_address"] == source]
 
 
-async def test_svmap_from_a_listed_address_finds_us_so_the_scan_works(stack: CallingStack, tmp_path: Path) -> None:
-    found = await svmap(stack, tmp_path, LISTED, "OPTIONS")
+@pytest.mark.parametrize("method", ["OPTIONS", "REGISTER", "INVITE"])
+async def test_svmap_from_a_listed_address_finds_us_so_the_scan_works(
+    method: str, stack: CallingStack, tmp_path: Path
+) -> None:
+    found = await svmap(stack, tmp_path, LISTED, method)
     assert stack.address in found, found
 
 

@@ -10,6 +10,8 @@ import asyncio
 import base64
 import contextlib
 import json
+import os
+import signal
 import wave
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -62,21 +64,88 @@ CAPTURE = """
 """
 AGENT_WORDS = "[...document.querySelectorAll('.transcript .agent .words')]"
 HEARD = "btoa(String.fromCharCode(...new Uint8Array(new Int16Array(window.heard.slice(%d, %d)).buffer)))"
-# Reads about a second of the live sound of a call: [rate, bytes in base64].
+# What the page says and does while a connection comes and goes; its ten seconds are shortened to a fifth of one.
+GIVE_UP = """
+(async () => {
+  const { Softphone } = await import('/console/softphone.js');
+  const root = document.createElement('aside');
+  const phone = new Softphone({
+    root, opener: document.createElement('button'), settings: { is_on: true, did: '100' }, onCall: () => {},
+  });
+  const [later, waits, said] = [window.setTimeout, [], []];
+  window.setTimeout = (work, ms) => { waits.push(ms); return later(work, ms / 50); };
+  const connection = { connectionState: 'connected', close: () => {} };
+  const call = (phone.call = { isOver: false, connection });
+  const enter = (state) => {
+    connection.connectionState = state;
+    phone.follow(call);
+    said.push(phone.status.textContent);
+  };
+  try {
+    for (const state of ['connected', 'disconnected', 'connected', 'disconnected']) enter(state);
+    await new Promise((done) => later(done, 100));
+    said.push(call.isOver);
+    await new Promise((done) => later(done, 500));
+    return [said, waits[0], call.isOver, phone.problem.textContent, phone.status.textContent];
+  } finally {
+    window.setTimeout = later;
+  }
+})()
+"""
+# Reads as much of the live sound of a call as is asked for, or until the caller is heard: [rate, bytes in base64].
 LISTEN = """
 (async () => {
+  const [wanted, untilHeard] = [%d, %s];
+  let isHeard = false;
   const response = await fetch('/api/calls/%s/listen');
   const reader = response.body.getReader();
   const bytes = [];
-  while (bytes.length < 64000) {
+  while (bytes.length < wanted && !(untilHeard && isHeard)) {
     const { done, value } = await reader.read();
     if (done) break;
-    bytes.push(...value);
+    for (const byte of value) {
+      bytes.push(byte);
+      const at = bytes.length - 4;
+      if ((at & 3) === 0) isHeard ||= Math.abs(((bytes[at] | (bytes[at + 1] << 8)) << 16) >> 16) > 1000;
+    }
   }
   await reader.cancel();
-  return [Number(response.headers.get('x-sample-rate')), btoa(String.fromCharCode(...bytes.slice(0, 64000)))];
+  const text = bytes.slice(0, wanted).map((byte) => String.fromCharCode(byte)).join('');
+  return [Number(response.headers.get('x-sample-rate')), btoa(text)];
 })()
 """
+
+
+# Remembers which microphones the page asks for; window.refuses makes the browser refuse them.
+WATCH_MICROPHONES = """
+(() => {
+  const ask = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
+  window.asked = [];
+  navigator.mediaDevices.getUserMedia = async (wanted) => {
+    window.asked.push(wanted.audio.deviceId.exact);
+    if (window.refuses) throw new DOMException('Could not start audio source', 'NotReadableError');
+    return ask(wanted);
+  };
+})()
+"""
+PROBLEM = "document.querySelector('#call .problem').textContent"
+
+
+def choose(page: Browser, select: str, value: str) -> None:
+    page.value(f"{{ const it = document.getElementById('{select}'); it.value = {json.dumps(value)}; "
+               "it.dispatchEvent(new Event('change')); }")  # fmt: skip
+
+
+def listened(page: Browser, call_id: str, seconds: float, until_heard: bool = False) -> np.ndarray:
+    """What the agent's side hears and says from now on: a row a sample, caller and agent."""
+    rate, sound = page.value(LISTEN % (int(seconds * RATE) * 4, str(until_heard).lower(), call_id))
+    assert rate == RATE
+    return np.frombuffer(base64.b64decode(sound), "<i2").reshape(-1, 2)
+
+
+def is_heard(page: Browser, call_id: str, within_s: float) -> bool:
+    caller = listened(page, call_id, within_s, until_heard=True)[:, 0]
+    return bool(np.max(np.abs(caller.astype(int))) > 1_000)
 
 
 def microphone(path: Path, clip: str, silent_before_s: float, silent_after_s: float, times: int = 1) -> str:
@@ -118,6 +187,7 @@ class Running:
     token: str
     storage: StorageConfig
     folder: Path
+    worker_pid: int  # of the first media worker for browsers
 
     def call(self, call_id: str) -> dict:
         with contextlib.closing(CallReader.open(self.storage)) as reader:
@@ -152,7 +222,7 @@ async def page_with_fake_engine(folder: Path, **webrtc: object) -> AsyncIterator
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(REPOSITORY))
         async with Stack(config, engine_command=(_FAKE_ENGINE,)) as stack:
-            yield Running(stack.web_url, token or "", storage, folder)
+            yield Running(stack.web_url, token or "", storage, folder, stack.children["browser-0"].pid)
 
 
 def test_browser_and_agent_hear_each_other_and_a_supervisor_listens_and_ends_the_call(tmp_path: Path) -> None:
@@ -181,9 +251,12 @@ def begin_call(page: Browser) -> str:
 
 
 def call_and_look(running: Running) -> None:
-    spoken = microphone(running.folder / "mic.wav", "order_status", 4.0, 3.0, times=8)
+    spoken = microphone(running.folder / "mic.wav", "order_status", 4.0, 3.0, times=14)
     with browser(running.folder, *FAKE_MEDIA, spoken) as page:
         open_page(page, running.url, running.token)
+        said, waited_ms, is_over, problem, status = page.value(GIVE_UP)
+        assert said == ["In call", "Reconnecting", "In call", "Reconnecting", False]
+        assert (waited_ms, is_over, problem, status) == (10_000, True, "The connection was lost.", "Ready")
         call_id = begin_call(page)
         page.value(CAPTURE)
         page.wait("document.querySelector('.actions') && document.querySelectorAll('.actions button').length === 3")
@@ -192,13 +265,14 @@ def call_and_look(running: Running) -> None:
         page.picture(running.folder / "in_call.png")
         loudest = page.value("window.loudest")
         assert min(loudest.values()) > 20, f"the level meters stand still: {loudest}"
-        rate, sound = page.value(LISTEN % call_id)
-        live = np.frombuffer(base64.b64decode(sound), "<i2").reshape(-1, 2)
-        assert (rate, len(live)) == (RATE, 16_000)
+        assert len(listened(page, call_id, 1.0)) == RATE
         heard = np.concatenate([
             np.frombuffer(base64.b64decode(page.value(HEARD % (at, at + 20_000))), "<i2")
             for at in range(0, 16_000 * 12, 20_000)
         ])  # fmt: skip
+        change_devices(page, call_id)
+        mute_and_go_on(page, call_id)
+        lose_the_connection(page, running)
         for _ in range(2):
             page.value("document.querySelector('.actions .danger').click()")
         page.wait("document.getElementById('call').dataset.state === 'idle'", 60)
@@ -223,6 +297,57 @@ def call_and_look(running: Running) -> None:
     for expected in ("browser_call", "listen_live", "hang_up", "export"):
         assert any((actor, action) == ("supervisor", expected) for actor, action, _ in actions), (expected, actions)
     assert ("supervisor", "hang_up", call_id) in actions
+
+
+def change_devices(page: Browser, call_id: str) -> None:
+    """Another microphone during the call, one that cannot be had, another speaker, one that is not there."""
+    page.value(WATCH_MICROPHONES)
+    first = page.value("document.getElementById('phone-device').value")
+    others = page.value("[...document.getElementById('phone-device').options].map((option) => option.value)")
+    second = next(value for value in others if value not in (first, "default"))
+    choose(page, "phone-device", second)
+    page.wait("window.asked.length === 1 && !document.getElementById('phone-device').disabled")
+    assert page.value("window.asked[0]") == second
+    page.value("window.refuses = true")
+    choose(page, "phone-device", first)
+    page.wait(f"{PROBLEM}.includes('stays as it was')")
+    assert page.value("document.getElementById('phone-device').value") == second
+    page.value("window.refuses = false")
+    assert is_heard(page, call_id, 15.0), "nothing is heard of the second microphone"
+
+    speakers = page.value("[...document.getElementById('phone-speaker').options].map((option) => option.value)")
+    assert len(speakers) > 1, speakers
+    choose(page, "phone-speaker", speakers[-1])
+    page.wait(f"document.querySelector('#call audio').sinkId === {json.dumps(speakers[-1])}")
+    page.wait(f"{PROBLEM} === ''")
+    page.value(
+        "document.querySelector('#call audio').setSinkId = () => Promise.reject(new DOMException('', 'NotFoundError'))"
+    )
+    choose(page, "phone-speaker", "")
+    page.wait(f"{PROBLEM} === 'There is no such speaker. The speaker stays as it was.'")
+    assert page.value("document.getElementById('phone-speaker').value") == speakers[-1]
+
+
+def mute_and_go_on(page: Browser, call_id: str) -> None:
+    """The clip comes every five seconds: within six it is heard, unless the microphone is muted."""
+    mute = "[...document.querySelectorAll('.phone-buttons button')].find((it) => /ute/.test(it.textContent))"
+    page.value(f"{mute}.click()")
+    assert page.value(f"{mute}.textContent") == "Unmute"
+    sound = listened(page, call_id, 6.5)[RATE // 2 :, 0]  # half a second later: what was on its way is through
+    assert np.max(np.abs(sound.astype(int))) < 50, "the agent hears a muted microphone"
+    page.value(f"{mute}.click()")
+    assert is_heard(page, call_id, 15.0), "nothing is heard after the mute"
+
+
+def lose_the_connection(page: Browser, running: Running) -> None:
+    """No packet comes for some seconds, then they come again: the page says so, and the call goes on."""
+    os.kill(running.worker_pid, signal.SIGSTOP)
+    try:
+        page.wait("document.getElementById('call').dataset.state === 'reconnecting'", 20)
+        page.picture(running.folder / "reconnecting.png")
+    finally:
+        os.kill(running.worker_pid, signal.SIGCONT)
+    page.wait("document.getElementById('call').dataset.state === 'up'", 20)
 
 
 def test_shipped_weights_understand_a_browser_and_answer_it(served: Served, tmp_path: Path) -> None:

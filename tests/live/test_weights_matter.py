@@ -1,13 +1,15 @@
 """No fake stands in the path of the demo: without the weights of any one part it fails, and says what it could not do.
 
 Each part is taken away alone, in a copy of the shipped checkpoint: all zeros (refused at the start), or its own numbers
-in random order (the call is made, and fails).
+in random order (the call is made, and fails). Of the second kind the voice LM's call takes a minute and a half of a
+core: with MINMO_ALL_DEMOS=1, a release's check.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -52,12 +54,17 @@ def random_like(tensor: torch.Tensor) -> torch.Tensor:
     """As large as what was trained, but nothing was learned."""
     if tensor.dim() < 2:
         return tensor  # norms and biases: so that nothing overflows
-    values = tensor.float().flatten()[torch.randperm(tensor.numel())]
+    order = torch.randperm(tensor.numel(), generator=torch.Generator().manual_seed(1))  # the same call every time
+    values = tensor.float().flatten()[order]
     return values.view(tensor.shape).to(tensor.dtype).contiguous()
 
 
 CHANGES = {"random": random_like, "zero": torch.zeros_like}
-LEARNED_NOTHING = ("voice_lm", "encoder")
+COULD_NOT = {
+    "voice_lm": "the agent is not intelligible|the fixed sentences could not be spoken",
+    "encoder": r"on ['\"].+['\"] \(understood as ['\"]",  # ... what it understood, and did
+}
+LEARNED_NOTHING = tuple(COULD_NOT) if os.environ.get("MINMO_ALL_DEMOS") == "1" else ("encoder",)
 DEMOS = [("random", part) for part in LEARNED_NOTHING] + [("zero", part) for part in SERVED_PARTS]  # longest first
 
 
@@ -73,10 +80,10 @@ class Ended:
 
 
 def demo(kind: str, part: str, folder: Path) -> Ended:
-    """`minmo demo --json` with one part changed."""
+    """`minmo demo --json` with one part changed. Other tests' calls go first: this one fails however long it takes."""
     folder.mkdir()
     checkpoint = checkpoint_with(part, CHANGES[kind], folder)
-    command = [sys.executable, "-m", "agent", "demo", "--json", "--checkpoint", str(checkpoint), "--seed", "1"]
+    command = ["nice", sys.executable, "-m", "agent", "demo", "--json", "--checkpoint", str(checkpoint), "--seed", "1"]
     ended = subprocess.run(
         command, cwd=folder, env=ENVIRONMENT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=580
     )
@@ -86,9 +93,9 @@ def demo(kind: str, part: str, folder: Path) -> Ended:
 
 @pytest.fixture(scope="module")
 def demos(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, str], Future[Ended]]]:
-    """All of them, two at a time: most of a demo is waiting, and starting one is most of the rest."""
+    """All of them, the next one while a test looks at the last."""
     folder = tmp_path_factory.mktemp("demos")
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(1) as pool:
         yield {key: pool.submit(demo, *key, folder / "-".join(key)) for key in DEMOS}
         pool.shutdown(cancel_futures=True)
 
@@ -102,16 +109,10 @@ def test_demo_is_refused_by_name_when_the_weights_of_a_part_are_zero(
     assert f"UNTRAINED({part})" in ended.faults, ended.text
 
 
-@pytest.mark.parametrize(
-    ("part", "could_not"),
-    [
-        ("encoder", r"on '[\w ]+' \(understood as '"),  # ... what it understood, and did
-        ("voice_lm", "the agent is not intelligible|the fixed sentences could not be spoken"),
-    ],
-)
+@pytest.mark.parametrize("part", LEARNED_NOTHING)
 def test_demo_fails_and_says_what_it_could_not_do_when_a_part_has_learned_nothing(
-    part: str, could_not: str, demos: dict[tuple[str, str], Future[Ended]]
+    part: str, demos: dict[tuple[str, str], Future[Ended]]
 ) -> None:
     ended = demos["random", part].result()
     assert ended.status == 1
-    assert re.search(could_not, ended.faults), ended.text
+    assert re.search(COULD_NOT[part], ended.faults), ended.text

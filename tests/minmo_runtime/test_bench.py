@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minmo_runtime.bench import parents
+from minmo_runtime.bench import engine, modules, parents
 from minmo_runtime.bench.calls import Bench, Result, engine_config
 from minmo_runtime.bench.calls import table as calls_table
 from minmo_runtime.bench.engine import measure, table
@@ -38,7 +38,11 @@ SENSEVOICE = {
 
 
 @pytest.mark.slow
-def test_the_engine_bench_measures_every_part_for_each_number_of_calls(tmp_path: Path) -> None:
+def test_the_engine_bench_measures_every_part_for_each_number_of_calls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "REPEATS", 1)
+    monkeypatch.setattr(modules, "REPEATS", 1)
     result = json.loads(json.dumps(measure(load_checkpoint(write_random_checkpoint(tmp_path)), (1, 2))))
     parts = {"features", "encoder", "llm", "voice_lm", "flow", "vocoder", "sum"}
     assert set(result["rtf"]["1"]) == set(result["rtf"]["2"]) == parts

@@ -70,6 +70,15 @@ def test_a_late_engine_loses_the_oldest_audio_and_counts_it() -> None:
     assert ear.segments[0].num_samples == 16_000
 
 
+def test_what_closed_segments_hold_counts_for_the_bound_too() -> None:
+    ear = Ear("c", RuntimeConfig(max_unheard_input_s=1.0))
+    for _ in range(5):
+        push(ear, 500, True)
+        push(ear, 700, False)
+    assert sum(len(part) for segment in ear.segments for part in segment.pcm) <= 16_000
+    assert ear.num_dropped_samples > 4 * 16_000
+
+
 def test_overlap_becomes_the_user_turn_only_when_adopted() -> None:
     ear = Ear("c", RuntimeConfig())
     push(ear, 300, True, is_agent_speaking=True)

@@ -119,6 +119,20 @@ def noise(milliseconds: int, seed: int = 0) -> np.ndarray:
 # ------------------------------------------------------------------- speaking
 
 
+def test_what_a_call_holds_is_told_as_allocated(checkpoint: Checkpoint) -> None:
+    engine = Engine(checkpoint, CONFIG)
+    clock = Clock(engine)
+    clock.send(OpenStream(call_id="a", system_prompt="hello"), Say(call_id="a", turn_id="t", text="hi"))
+    while clock.step():
+        pass
+    clock.send(OpenStream(call_id="b", system_prompt="hello"))
+    runner = engine.runner
+    tensors = [tensor for cache in (runner.llm_cache, runner.sound.voice_cache) for tensor in cache.keys + cache.values]
+    held = sum(tensor.nbytes for tensor in tensors) + runner.sound.flow_cache.num_bytes
+    first, second = [event.memory_bytes for event in clock.events if isinstance(event, StreamOpened)]
+    assert second == held // CONFIG.max_streams > first > 0  # the flow's window came with the first sentence
+
+
 def test_a_row_does_not_change_when_neighbours_join_leave_or_stall(checkpoint: Checkpoint) -> None:
     alone = make(checkpoint)
     alone.send(opened("a"))

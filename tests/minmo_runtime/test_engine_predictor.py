@@ -17,7 +17,7 @@ from minmo_runtime.training.duplex_inputs import encode, packets, steps_of
 from minmo_runtime.training.duplex_scenes import LABEL, Scene
 from minmo_runtime.weights import Checkpoint, load_checkpoint
 
-CONFIG = RuntimeConfig(max_streams=2)
+CONFIG = RuntimeConfig(max_streams=2, draft_probability=1.0)  # no drafts: random weights make long ones
 DUPLEX = {
     "input_size": 64, "input": "encoder", "hidden_size": 32, "num_heads": 2, "ffn_size": 32, "left_context": 30,
     "num_facts": NUM_FACTS, "num_pieces": 500, "piece_window": 4, "piece_size": 8,

@@ -37,6 +37,7 @@ from minmo_runtime.config import RuntimeConfig
 from minmo_runtime.engine import Engine, EngineRuntime
 from minmo_runtime.fake import FakeRule, FakeRuntime, FakeScript
 from minmo_runtime.random_checkpoint import write_random_checkpoint
+from minmo_runtime.scheduler import Job
 from minmo_runtime.server import RuntimeServer
 from minmo_runtime.weights import load_checkpoint
 
@@ -168,6 +169,17 @@ async def test_stream_opens_with_its_rate_and_checkpoint(call: Call) -> None:
     assert isinstance(opened, StreamOpened)
     assert opened.output_sample_rate_hz >= 8000 and opened.checkpoint
     assert set(opened.bridges) <= {"in", "out", "duplex"}
+
+
+async def test_check_answers_with_and_without_calls_and_takes_no_place(runtime: Runtime) -> None:
+    async with asyncio.timeout(60):
+        await runtime.check()
+        calls = [Call(runtime, f"c{index}") for index in range(MAX_STREAMS)]
+        for one in calls:
+            await one.open()  # every place is still free
+        await runtime.check()
+        for one in calls:
+            await one.close()
 
 
 async def test_say_speaks_exactly_its_text(call: Call) -> None:
@@ -302,6 +314,32 @@ async def test_calls_do_not_hear_each_other(runtime: Runtime) -> None:
     assert not other.of(AudioDelta) and all(e.call_id == "c1" for e in one.events)
     await one.close()
     await other.close()
+
+
+async def test_a_device_that_no_longer_computes_fails_the_check_and_frees_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with EngineRuntime(make_engine(tmp_path)) as engine:
+        server = RuntimeServer(engine, tmp_path / "engine.sock")
+        await server.start()
+        client = await RuntimeClient.connect(tmp_path / "engine.sock")
+        await client.check()
+        run = engine.engine.runner.run
+        jobs: list[str] = []
+
+        def broken(job: Job, now: float) -> dict[str, str]:
+            jobs.append(job.kind.value)
+            return {stream.call_id: "the device is gone" for stream in job.streams}
+
+        monkeypatch.setattr(engine.engine.runner, "run", broken)
+        with pytest.raises(StreamLost, match="the device is gone"):
+            await client.check()
+        assert jobs == ["encode"]
+        monkeypatch.setattr(engine.engine.runner, "run", run)
+        await client.check()  # the connection and the engine go on
+        assert not engine.engine.streams
+        await client.close()
+        await server.stop()
 
 
 class TestFakeOnly:

@@ -297,7 +297,7 @@ def test_lora_changes_nothing_at_first_and_merges_to_the_same_outputs():
 
 def test_a_call_is_learnt_by_heart_and_a_model_that_learnt_nothing_is_told_apart():
     tokenizer = TextTokenizer.from_file(NANO / "text_tokenizer.json")
-    dims = BackboneDims(128, 2, 2, 2, 256, tokenizer.vocab_size)
+    dims = BackboneDims(64, 2, 2, 2, 128, tokenizer.vocab_size)
     llm = Backbone(dims).init_weights(torch.Generator().manual_seed(0))
     calls = [dialogue(f"heart/{number}", "train", 0.0) for number in range(1)]
     assert turns_right(llm, tokenizer, calls) < 0.2

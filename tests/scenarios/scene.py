@@ -35,6 +35,7 @@ from policies.config import PoliciesConfig
 from policies.duplex_manner import DuplexManner
 from policies.engine import PolicyEngine
 from policies.facts import CallFacts
+from policies.outbound import OutboundRules
 from policies.persona import Persona
 from policies.speaking_style import StyleRules
 from telephony import leg as tel
@@ -44,7 +45,7 @@ TICK_S = 0.02
 RATE_HZ = 8000
 TOOLS = (
     "look_up_order", "opening_hours", "change_delivery", "transfer", "hang_up", "request_callback", "pause_recording",
-    "go_on_recording",
+    "go_on_recording", "send_keys",
 )  # fmt: skip
 RULES = (
     FakeRule(
@@ -59,6 +60,7 @@ RULES = (
         pattern="move", tool="change_delivery", arguments={"order_number": "12345", "day": "friday"},
         text="okay it will arrive on friday and that is all there is to say about it",
     ),
+    FakeRule(pattern="press", tool="send_keys", arguments={"keys": "1 2#"}, text="i am pressing it for you now"),
     FakeRule(pattern="card", tool="pause_recording", text="please say the card number now"),
     FakeRule(pattern="paid", tool="go_on_recording", text="thank you that is paid"),
     FakeRule(pattern="wrong", tool="look_up_order", arguments={"order_number": "4x"}, text="i can not find it"),
@@ -81,11 +83,14 @@ def tone(seconds: float, hz: float = 220.0) -> bytes:
     ).tobytes()  # fmt: skip
 
 
-def policy(handoff_uri: str = "", manner: DuplexManner | None = None) -> PolicyEngine:
+def policy(
+    handoff_uri: str = "", manner: DuplexManner | None = None, outbound: OutboundRules | None = None,
+    **campaign_keys: Any,
+) -> PolicyEngine:  # fmt: skip
     style = StyleRules(languages=("en",), dialect="us", emotion="calm", rate="normal")
     campaign = Campaign(
         dids=("100",), shop="acme", persona=Persona(name="anna"), style=style, tools=TOOLS, order_digits=5, name="acme",
-        duplex=manner or DuplexManner(),
+        duplex=manner or DuplexManner(), outbound=outbound, **campaign_keys,
     )  # fmt: skip
     return PolicyEngine(PoliciesConfig(), (campaign,), (), handoff_uri)
 
@@ -102,20 +107,27 @@ class Scene:
         config: TurnTakingConfig | None = None,
         manner: DuplexManner | None = None,
         is_rendered: bool = True,
+        outbound: OutboundRules | None = None,
+        campaign_keys: dict[str, Any] | None = None,
         **script: Any,
     ) -> None:
+        """`outbound`: a call that we place, by these rules; its callee answers as soon as we dial."""
         self.script = FakeScript(lines=lines, rules=RULES, **script)
         book = LineBook.load()
         every = [text for texts in (*book.protected.values(), *book.lines.values()) for text in texts]
         rendered = {text: _speech(len(text.split()) * 0.3) for text in every} if is_rendered else {}
-        facts = CallFacts(call_id="c1", did="100", started_at=dt.datetime(2026, 1, 5, tzinfo=dt.UTC))
+        direction = "outbound" if outbound else "inbound"
+        started_at = dt.datetime(2026, 1, 5, tzinfo=dt.UTC)
+        facts = CallFacts(call_id="c1", did="100", direction=direction, started_at=started_at)
         setup = CallSetup(
-            call_id="c1", leg_id="l1", sample_rate_hz=RATE_HZ, facts=facts, policy=policy(handoff_uri, manner),
-            lines=book.for_call({}), order_digits=5, tools=TOOLS, turn_taking=config or TurnTakingConfig(),
+            call_id="c1", leg_id="l1", sample_rate_hz=RATE_HZ, facts=facts,
+            policy=policy(handoff_uri, manner, outbound, **(campaign_keys or {})),
+            lines=book.for_call({}), order_digits=5, tools=TOOLS,
+            turn_taking=config or TurnTakingConfig(),
             rendered=rendered,
         )  # fmt: skip
         self.call = Call(setup)
-        self.leg = LoopbackLeg("l1")
+        self.leg = LoopbackLeg("l1", direction=direction)
         self.stream: FakeStream | None = None
         self.is_engine_up = True
         self.engine_back_in: float | None = None
@@ -190,6 +202,8 @@ class Scene:
                     self.asked.append((self.now, action))
                 if self.stream is not None and self.is_engine_up:
                     self._inbox += self.stream.receive(action)
+            case tel.Answer() if self.leg.direction == "outbound":  # the INVITE goes out (agent/outbound.py)
+                self.leg.pick_up()
             case _:
                 self.sent.append((self.now, action))
                 self.leg.send_now(action)

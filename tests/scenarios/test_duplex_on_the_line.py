@@ -64,10 +64,49 @@ def telling_a_story(scene: Scene) -> Scene:
 @pytest.mark.parametrize(
     ("delay_ms", "gain", "max_ducks"), [(40, 0.5, 0), (80, 1.0, 1), (380, 0.35, 1)]
 )  # a late echo is learnt later
-def test_P11_L15_our_own_echo_never_stops_the_agent(delay_ms: int, gain: float, max_ducks: int) -> None:
+def test_L15_our_own_echo_never_stops_the_agent(delay_ms: int, gain: float, max_ducks: int) -> None:
     scene = telling_a_story(OnALineWithEcho(STORY, delay_ms=delay_ms, gain=gain))
     scene.run_until(lambda: any(text.endswith("word29") for text in scene.heard_turns), 15)
     assert not scene.requests(api.CancelReply) and len(scene.commands(tel.Duck)) <= max_ducks
+
+
+def figures_of_the_call(scene: Scene) -> dict[str, float]:
+    return {kept["name"]: kept["value"] for kept in scene.keeps("add_metric", turn_id="")}
+
+
+def test_the_record_says_how_strong_the_echo_of_its_line_is_and_what_was_removed() -> None:
+    scene = telling_a_story(OnALineWithEcho(STORY, delay_ms=80, gain=0.25))  # 12 dB
+    scene.run_until(lambda: scene.keeps("journal_append", name="echo_measured"), 15)
+    (kept,) = scene.keeps("journal_append", name="echo_measured")
+    assert kept["verdict"] == "cancelled" and kept["delay_ms"] == pytest.approx(80, abs=3)
+    figures = figures_of_the_call(scene)
+    assert figures["echo_return_loss_db"] == pytest.approx(12, abs=2) and figures["echo_enhancement_db"] > 7
+    assert not scene.keeps("add_defect")
+
+
+def test_a_line_without_echo_has_no_figures_of_one() -> None:
+    scene = telling_a_story(Scene(STORY))
+    scene.run_until(lambda: scene.keeps("journal_append", name="echo_measured"), 15)
+    assert scene.keeps("journal_append", name="echo_measured")[0]["verdict"] == "none"
+    assert not [name for name in figures_of_the_call(scene) if name.startswith("echo_")]
+
+
+@pytest.mark.parametrize(("verdict", "num_defects", "num_figures"), [("strong", 1, 3), ("unclear", 0, 2)])
+def test_an_echo_that_is_not_cancelled_is_a_defect_with_its_figures(
+    verdict: str, num_defects: int, num_figures: int
+) -> None:
+    scene = Scene().answer()
+    scene._inbox.append(tel.EchoMeasured(
+        leg_id="l1", verdict=verdict, return_loss_db=9.6, delay_ms=180, enhancement_db=4.2, left_dbov=-36.4,
+    ))  # fmt: skip
+    scene.run(0.1)
+    defects = scene.keeps("add_defect", kind="echo_not_cancelled")
+    assert len(defects) == num_defects
+    assert len([name for name in figures_of_the_call(scene) if name.startswith("echo_")]) == num_figures
+    if defects:
+        assert defects[0]["detail"] == (
+            "our voice comes back 10 dB quieter after 180 ms, 4 dB of it removed, -36 dBov left"
+        )
 
 
 def test_a_caller_over_our_echo_stops_the_agent() -> None:

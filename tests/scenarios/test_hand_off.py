@@ -61,6 +61,17 @@ def test_caller_hears_that_a_person_is_called_and_is_not_asked_whether_they_are_
     assert "i am calling a person" in said and "are you still there" not in said
 
 
+def test_caller_of_a_plain_transfer_that_takes_long_hears_that_a_person_is_called_too() -> None:
+    scene = Scene(PERSON, handoff_uri=DESK)
+    scene.leg.refer_answer = None  # accepted; the exchange, or the worker for it, calls the target
+    scene.answer().caller(1.5)
+    scene.run_until(lambda: scene.leg.referred_to, 15)
+    scene.run(20.0)
+    said = " ".join(scene.heard_turns)
+    assert said.count("one moment please") in (2, 3) and "i am calling a person" in said
+    assert "are you still there" not in said
+
+
 def test_caller_who_asks_again_while_it_rings_causes_no_second_call() -> None:
     scene = asked_for_a_person()
     scene.caller(1.5, 8.0)

@@ -31,7 +31,7 @@ def test_J8_first_word_comes_at_once_and_is_measured_on_the_wire() -> None:
     assert scene.keeps("add_metric", name="first_word_ms")[0]["value"] <= 500
 
 
-def test_P14_voice_to_voice_is_kept_per_turn() -> None:
+def test_voice_to_voice_is_kept_per_turn() -> None:
     scene = Scene(NUMBER).answer().caller(1.8)
     scene.run_until(lambda: scene.keeps("add_metric", name="voice_to_voice_ms"))
     assert 300 < scene.keeps("add_metric", name="voice_to_voice_ms")[0]["value"] < 1600
@@ -74,6 +74,30 @@ def test_P10_L4_backchannel_does_not_stop_agent_and_it_goes_on_at_the_exact_samp
     assert not scene.requests(api.CancelReply)
     assert scene.requests(api.DiscardOverlap)
     assert scene.keeps("append_turn", intent="backchannel")[0]["heard_text"] == "mm hm"
+
+
+def counted(scene: Scene) -> tuple[float, float]:
+    scene.leg.hang_up()
+    scene.run(0.1)
+    resumed, pauses = (scene.keeps("add_metric", name=name) for name in ("overlaps_resumed", "phantom_pauses"))
+    return resumed[0]["value"], pauses[0]["value"]
+
+
+def test_voice_that_was_no_bid_for_the_floor_is_counted_and_so_is_a_pause_it_made() -> None:
+    for pause_after_s, num_pauses in ((1.0, 0), (0.1, 1)):
+        cough = FakeLine(text="", kind="noise")
+        scene = Scene(STORY, cough, config=TurnTakingConfig(pause_after_s=pause_after_s)).answer().caller(1.5)
+        scene.run_until(lambda scene=scene: scene.state == "speaking")
+        scene.run(1.0).caller(0.15, and_silence=2.0)
+        assert len(scene.commands(tel.Pause)) == num_pauses and not scene.requests(api.CancelReply)
+        assert counted(scene) == (1, num_pauses)
+
+
+def test_interruption_is_no_phantom_pause() -> None:
+    scene = Scene(STORY, FakeLine(text="no wait stop")).answer().caller(1.5)
+    scene.run_until(lambda: scene.state == "speaking")
+    scene.run(1.0).caller(1.2, and_silence=1.0)
+    assert scene.requests(api.CancelReply) and counted(scene) == (0, 0)
 
 
 def test_cough_does_not_stop_agent() -> None:
@@ -127,6 +151,22 @@ def test_accepted_transfer_ends_the_call_as_transferred() -> None:
     scene = Scene(FakeLine(text="i want a person"), handoff_uri="sip:desk@127.0.0.1").answer().caller(1.3)
     scene.run_until(lambda: scene.is_over)
     assert scene.keeps("close_call", disposition="transferred", cause="transferred")
+
+
+def test_caller_who_leaves_before_the_outcome_of_the_transfer_is_told_is_kept_as_that() -> None:
+    scene = Scene(FakeLine(text="i want a person"), handoff_uri="sip:desk@127.0.0.1")
+    scene.leg.refer_answer = None
+    scene.answer().caller(1.3)
+    scene.run_until(lambda: scene.leg.referred_to)
+    scene.run(0.5)
+    scene.leg.hang_up()
+    scene.run(0.1)
+    (closed,) = scene.keeps("close_call")
+    assert (closed["disposition"], closed["cause"], closed["ended_by"]) == (
+        "transferred_unknown", "transferred_unknown", "caller",
+    )  # fmt: skip
+    assert scene.keeps("journal_append", name="refer_result", target="sip:desk@127.0.0.1")
+    assert not scene.keeps("request_callback")
 
 
 def test_without_a_handoff_the_caller_is_told_and_called_back() -> None:

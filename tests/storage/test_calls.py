@@ -296,3 +296,28 @@ def test_what_postgresql_would_refuse_is_made_to_fit(config: StorageConfig, now:
     assert call["display_name"] == "Anna" and call["turns"][0]["generated_text"] == "one moment"
     assert call["tool_calls"][0]["name"] == "n" * 64 and call["tool_calls"][0]["arguments"] == {"a": "b"}
     store.close()
+
+
+def test_calls_that_wait_for_the_database_hold_no_descriptor(
+    store: CallStore, now: dt.datetime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """users.md P2: a database that is away for hours must not use up the process's descriptors."""
+    from storage import writer
+
+    monkeypatch.setattr(writer, "RETRY_S", 0.01)
+    real_apply = projection.apply
+
+    def away(*_args: object) -> bool:
+        raise sa.exc.OperationalError("insert", {}, Exception("server away"))
+
+    monkeypatch.setattr(projection, "apply", away)
+    before = len(os.listdir("/proc/self/fd"))
+    for index in range(30):
+        store.open_call(f"c{index}", did="100", ani="", now=now)
+        store.close_call(f"c{index}", disposition="completed", cause="normal", now=now)
+    while not store.last_error:
+        pass
+    assert len(os.listdir("/proc/self/fd")) < before + 10
+    monkeypatch.setattr(projection, "apply", real_apply)
+    assert store.flush() and not list(store._config.journal_folder.glob("c*.journal"))
+    assert store.get_call("c29")["state"] == "closed"

@@ -75,10 +75,10 @@ def postgresql_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         cwd=folder,
     )
     try:
-        deadline = time.monotonic() + 20
-        while not list(folder.glob(".s.PGSQL.*[0-9]")) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(0.3)
+        ready = [str(programs / "pg_isready"), "-h", str(folder), "-U", "minmo", "-q"]
+        deadline = time.monotonic() + 60
+        while subprocess.run(ready).returncode and time.monotonic() < deadline:
+            time.sleep(0.1)
         yield f"postgresql+psycopg://minmo@/postgres?host={folder}"
     finally:
         server.send_signal(signal.SIGINT)  # "fast": does not wait for sessions, as SIGTERM would

@@ -89,11 +89,7 @@ def kill_many(folder: Path, num_kills: int) -> None:
     check(folder, acknowledged)
 
 
-def test_P17_nothing_acknowledged_is_lost_or_doubled_over_30_kills(tmp_path: Path) -> None:
-    kill_many(tmp_path / "var", 30)
-
-
 @pytest.mark.slow
-def test_nothing_acknowledged_is_lost_or_doubled_over_many_kills(tmp_path: Path) -> None:
-    """300 bound the rate of loss at 1 % (95 %); MINMO_NUM_KILLS=1000 is the release's claim, some minutes longer."""
-    kill_many(tmp_path / "var", int(os.environ.get("MINMO_NUM_KILLS", "300")))
+def test_P17_nothing_acknowledged_is_lost_or_doubled_over_many_kills(tmp_path: Path) -> None:
+    """100 bound the rate of loss at 3 % (95 %); MINMO_NUM_KILLS=1000 is the release's claim, some minutes longer."""
+    kill_many(tmp_path / "var", int(os.environ.get("MINMO_NUM_KILLS", "100")))

@@ -248,3 +248,24 @@ def test_journal_says_where_the_recording_was_paused_and_by_whom(config: Storage
         ("recording_went_on", {"sample": RATE * 3, "by": "agent"}),
     ]
     store.close()
+
+
+def test_a_disk_that_does_not_answer_costs_two_minutes_of_memory_and_no_more(tmp_path: Path) -> None:
+    """users.md P2: what one call may queue is bounded."""
+    waiting, segments = [], []
+    recorder = CallRecorder(
+        tmp_path, sample_rate_hz=RATE, policy="always", segment_s=1.0, on_segment=segments.append, run=waiting.append
+    )
+    sound = noise(1, RATE)
+    for second in range(150):
+        recorder.push("caller", second * RATE, sound.tobytes())
+    assert len(waiting) == 120 and recorder.num_lost_segments == 150 - 120 - 1
+    for write in waiting:  # it answers again
+        write()
+    waiting.clear()
+    recorder.push("caller", 150 * RATE, sound.tobytes())
+    recorder.finish()
+    assert len(waiting) == 2
+    for write in waiting:
+        write()
+    assert [segment.segment for segment in segments] == [*range(120), 149, 150]

@@ -28,16 +28,17 @@ from telephony.leg import (  # noqa: E402
     LegStateChanged,
     MediaHealth,
     Play,
+    PlayoutProgress,
     Progress,
     Refer,
     ReferResult,
     Unhold,
 )
 from telephony.process import WorkerProcess  # noqa: E402
+from telephony.trunk_config import TrunkConfig  # noqa: E402
 
 RATE = 8000
 WITHOUT_EVENTS = ("0", "a=rtpmap:0 PCMU/8000\r\n")
-G722 = ("9 101", "a=rtpmap:9 G722/8000\r\na=rtpmap:101 telephone-event/8000\r\n")
 
 
 @pytest.fixture(scope="module")
@@ -170,9 +171,7 @@ async def send_rtp(call, ok, pcm):
     ("offered", "answered", "is_held"),
     [("sendonly", "recvonly", True), ("inactive", "inactive", True), ("recvonly", "sendonly", False)],
 )
-async def test_L9_hold_by_the_party_is_answered_as_rfc_3264_says_and_never_times_out(
-    worker, offered, answered, is_held
-):
+async def test_hold_by_the_party_is_answered_as_rfc_3264_says_and_never_times_out(worker, offered, answered, is_held):
     async with ringing(worker) as call:
         await call.answer()
         held = await call.request("INVITE", call.peer.sdp((PCMU[0], PCMU[1] + f"a={offered}\r\n")))
@@ -187,7 +186,7 @@ async def test_L9_hold_by_the_party_is_answered_as_rfc_3264_says_and_never_times
             await call.until(HoldChanged, is_held=False)
 
 
-async def test_J12_hold_by_us_is_a_reinvite_and_is_taken_back(worker):
+async def test_hold_by_us_is_a_reinvite_and_is_taken_back(worker):
     async with ringing(worker) as call:
         await call.answer()
         await call.leg.send(Hold(leg_id=call.leg.leg_id))
@@ -229,6 +228,17 @@ async def test_P6_keys_by_sip_info_arrive(worker):
             assert answer.startswith("SIP/2.0 200")
         await call.until(DtmfReceived, digit="#")
         assert [event.digit for event in call.of(DtmfReceived)] == ["5", "#"]
+
+
+async def test_trunk_says_that_its_keys_come_as_tones_although_events_were_negotiated():
+    """Some carriers agree to telephone-event and send tones (users.md J10)."""
+    trunk = TrunkConfig(name="tones", hosts=("127.0.0.1",), inband_dtmf="on")
+    with WorkerProcess(TelephonyConfig(sip_port=0, trunks=(trunk,))) as worker:
+        async with ringing(worker) as call:
+            ok = await call.answer()
+            await send_rtp(call, ok, bytes(4000) + tones("12#", RATE) + bytes(4000))
+            await call.until(DtmfReceived, digit="#")
+            assert "".join(event.digit for event in call.of(DtmfReceived)) == "12#"
 
 
 async def test_J10_keys_as_tones_arrive_where_no_telephone_event_was_offered(worker):
@@ -282,6 +292,17 @@ def loud(packet):
     return len(packet) == 172 and np.abs(mu_law_to_pcm(packet[12:])).mean() > 1000
 
 
+async def test_notice_that_was_early_media_is_reported_as_heard_before_the_answer(worker, tone):
+    """What agent/answering.py waits for."""
+    async with ringing(worker) as call:
+        leg_id = call.leg.leg_id
+        await call.leg.send(Play(leg_id=leg_id, item_id="n", pcm=tone(1.0), sample_rate_hz=RATE, is_final=True))
+        await call.leg.send(Progress(leg_id=leg_id))
+        heard = await call.until(PlayoutProgress, is_finished=True)
+        assert (heard.item_id, heard.played_samples) == ("n", RATE) and call.leg.state is LegState.EARLY
+        assert (await call.answer()).startswith("SIP/2.0 200")
+
+
 async def test_L10_rtp_flows_at_once_after_the_ack_even_with_nothing_to_say(worker):
     """users.md L10: symmetric RTP of a party behind NAT opens with our first packet."""
     async with ringing(worker) as call:
@@ -325,6 +346,29 @@ async def test_J1_transfer_target_goes_out_verbatim(worker, target):
         call.peer.respond(refer, "603 Decline")
 
 
+async def test_J2_caller_who_takes_the_refer_and_leaves_before_a_notify_is_told_as_gone_there(worker):
+    """users.md J2: most carriers send BYE at once; whether the target answered is not known (RFC 5589 §6.1)."""
+    async with ringing(worker) as call:
+        await call.answer()
+        await call.leg.send(Refer(leg_id=call.leg.leg_id, refer_to="sip:desk@pbx.example"))
+        call.peer.respond(await asyncio.to_thread(call.peer.receive, "REFER"), "202 Accepted")
+        await asyncio.sleep(0.3)
+        call.peer.request("BYE", 50, call.tag)
+        assert (await call.until(LegDisconnected)).by == "caller"
+        assert [result.sip_status for result in call.of(ReferResult)] == [0]
+        assert call.events.index(call.of(ReferResult)[0]) < call.events.index(call.of(LegDisconnected)[0])
+
+
+async def test_caller_who_hangs_up_before_answering_the_refer_has_not_been_transferred(worker):
+    async with ringing(worker) as call:
+        await call.answer()
+        await call.leg.send(Refer(leg_id=call.leg.leg_id, refer_to="sip:desk@pbx.example"))
+        await asyncio.to_thread(call.peer.receive, "REFER")
+        call.peer.request("BYE", 50, call.tag)
+        await call.until(LegDisconnected)
+        assert not call.of(ReferResult)
+
+
 @pytest.fixture(scope="module")
 def bridging_worker():
     with WorkerProcess(TelephonyConfig(sip_port=0, bridges_refused_transfers=True)) as running:
@@ -360,6 +404,70 @@ async def test_L7_J3_refused_transfer_is_bridged_and_the_parties_stay_when_the_a
     target.close()
 
 
+def key_event(peer, to, event, number):
+    """One key as RFC 4733 §2.5.1.3 sends it: its last packet three times. `to`: the SDP of who gets it."""
+    to_port, payload_type = media_port(to), int(re.search(r"rtpmap:(\d+) telephone-event/8000", to).group(1))
+    for step in range(8):
+        end = 0x80 if step >= 5 else 0
+        head = b"\x80" + bytes([payload_type | (0x80 if step == 0 else 0)]) + (number + step).to_bytes(2, "big")
+        duration = (160 * min(step + 1, 6)).to_bytes(2, "big")
+        body = (160 * number).to_bytes(4, "big") + b"\0\0\0\1" + bytes([event, end | 10]) + duration
+        peer.media.sendto(head + body, ("127.0.0.1", to_port))
+        time.sleep(0.02)
+
+
+def events_in(got):
+    """Keys of RFC 4733 packets, each once: one event keeps its timestamp."""
+    return list(dict.fromkeys((p[4:8], p[12]) for p in got if p[1] & 0x7F == 101))
+
+
+def media_port(message):
+    return int(next(line for line in message.splitlines() if line.startswith("m=audio")).split()[1])
+
+
+async def test_keys_cross_a_bridge_both_ways_however_they_came_in_and_once(bridging_worker):
+    """What the caller presses reaches the desk's menu, and the other way round; the agent hears of none."""
+    target = RawPeer(bridging_worker.address)
+    target.socket.settimeout(6)
+    async with ringing(bridging_worker) as call:
+        ok = await call.answer()
+        invite = await referred_and_refused(call, target)
+        target.respond(invite, "200 OK", target.sdp())
+        await asyncio.to_thread(target.receive, "ACK")
+        await call.until(ReferResult)
+        at_desk = asyncio.create_task(asyncio.to_thread(packets, target, 2.0))
+        await call.request("INFO", "Signal=5\r\nDuration=160\r\n", "Content-Type: application/dtmf-relay\r\n")
+        await asyncio.to_thread(key_event, call.peer, ok, 7, 1000)
+        assert [key for _, key in events_in(await at_desk)] == [5, 7]
+        await call.leg.send(Hangup(leg_id=call.leg.leg_id, cause="transferred"))
+        await call.until(LegDisconnected)
+        at_caller = asyncio.create_task(asyncio.to_thread(packets, call.peer, 1.5))
+        await asyncio.to_thread(key_event, target, invite, 11, 2000)
+        assert [key for _, key in events_in(await at_caller)] == [11]
+        assert not call.of(DtmfReceived)
+        call.peer.respond(await asyncio.to_thread(bye_after_hangup, target, call, invite), "200 OK")
+    target.close()
+
+
+async def test_keys_cross_a_bridge_as_tones_to_a_party_without_events(bridging_worker):
+    target = RawPeer(bridging_worker.address)
+    target.socket.settimeout(6)
+    async with ringing(bridging_worker) as call:
+        ok = await call.answer()
+        invite = await referred_and_refused(call, target)
+        target.respond(invite, "200 OK", target.sdp(WITHOUT_EVENTS))
+        await asyncio.to_thread(target.receive, "ACK")
+        await call.until(ReferResult)
+        await call.leg.send(Hangup(leg_id=call.leg.leg_id, cause="transferred"))
+        await call.until(LegDisconnected)
+        at_desk = asyncio.create_task(asyncio.to_thread(packets, target, 2.0))
+        await asyncio.to_thread(key_event, call.peer, ok, 9, 1000)
+        sound = b"".join(packet[12:] for packet in await at_desk)
+        assert DtmfDetector(RATE).push(mu_law_to_pcm(sound).tobytes()) == "9"
+        call.peer.respond(await asyncio.to_thread(bye_after_hangup, target, call, invite), "200 OK")
+    target.close()
+
+
 def bye_after_hangup(target, call, invite):
     """The desk hangs up; the caller's BYE."""
     own_tag = re.search(r"tag=([^;\s]+)", header(invite, "From")).group(1)
@@ -367,6 +475,68 @@ def bye_after_hangup(target, call, invite):
     target.request_uri = header(invite, "Contact").partition("<")[2].partition(">")[0]
     target.request("BYE", 5, own_tag)
     return call.peer.receive("BYE")
+
+
+@contextlib.contextmanager
+def carrier_worker(*peers, **trunk):
+    """A worker whose trunk's hosts are these raw peers."""
+    hosts = tuple(f"127.0.0.1:{peer.port}" for peer in peers)
+    carrier = TrunkConfig(
+        name="carrier", hosts=hosts, sources=("127.0.0.9/32",), domain="carrier.example", caller_id="+390299", **trunk
+    )  # fmt: skip
+    config = TelephonyConfig(
+        sip_port=0, bridges_refused_transfers=True, trunks=(carrier,), allowed_sources=("127.0.0.1/32",)
+    )
+    with WorkerProcess(config) as running:
+        for peer in peers:
+            host, port = running.address.split(":")
+            peer.target = (host, int(port))
+            peer.socket.settimeout(6)
+        yield running
+
+
+@pytest.fixture
+def two_hosts():
+    peers = RawPeer("127.0.0.1:9"), RawPeer("127.0.0.1:9")
+    yield peers
+    for peer in peers:
+        peer.close()
+
+
+async def referred_to_a_number(call):
+    await call.leg.send(Refer(leg_id=call.leg.leg_id, refer_to="tel:+390212345"))
+    call.peer.respond(await asyncio.to_thread(call.peer.receive, "REFER"), "603 Decline")
+
+
+async def test_bridged_transfer_goes_on_to_the_next_host_and_shows_our_number_and_the_callers(two_hosts):
+    """RFC 3263 §4.3, RFC 3325, RFC 5806."""
+    first, second = two_hosts
+    with carrier_worker(first, second, is_identity_trusted=True) as worker:
+        async with ringing(worker) as call:
+            await call.answer()
+            await referred_to_a_number(call)
+            first.respond(await asyncio.to_thread(first.receive, "INVITE"), "503 Service Unavailable")
+            invite = await asyncio.to_thread(second.receive, "INVITE")
+            assert invite.startswith("INVITE sip:+390212345@")
+            assert header(invite, "From").startswith("<sip:+390299@carrier.example>")
+            assert header(invite, "P-Asserted-Identity") == "<sip:raw@carrier.example>"
+            assert header(invite, "Diversion") == "<sip:100@carrier.example>;reason=unconditional"
+            second.respond(invite, "200 OK", second.sdp())
+            assert await asyncio.to_thread(second.receive, "ACK")
+            assert (await call.until(ReferResult)).reason == "bridged"
+
+
+async def test_bridged_transfer_passes_over_a_host_that_says_nothing(two_hosts):
+    silent, second = two_hosts
+    with carrier_worker(silent, second, failover_s=1.0, transfer_from="caller") as worker:
+        async with ringing(worker) as call:
+            await call.answer()
+            await referred_to_a_number(call)
+            invite = await asyncio.to_thread(second.receive, "INVITE")
+            assert header(invite, "From").startswith("<sip:raw@carrier.example>")
+            second.respond(invite, "486 Busy Here")
+            assert (await call.until(ReferResult)).sip_status == 486
+            assert not call.of(LegDisconnected)
 
 
 async def test_target_that_refuses_too_leaves_the_call_as_it_was(bridging_worker):
@@ -466,20 +636,3 @@ async def test_second_leg_is_counted_before_it_starts():
             assert call.client.num_free == 0
             with pytest.raises(CallRefused, match="in use"):
                 await call.client.place_call("sip:desk@127.0.0.1:9")
-
-
-# ------------------------------------------------------------------- wideband
-
-
-async def test_J11_wideband_is_negotiated_and_makes_the_leg_16_khz():
-    config = TelephonyConfig(sip_port=0, codecs=("G722/16000", "PCMU/8000"))
-    with await asyncio.to_thread(WorkerProcess, config) as wide:
-        async with ringing(wide, G722) as call:
-            ok = await call.answer()
-            assert "G722/8000" in ok  # RFC 3551 §4.5.2: its RTP clock is 8000 while the audio is 16000
-            confirmed = await call.until(LegStateChanged, state=LegState.CONFIRMED)
-            assert (confirmed.codec, call.leg.sample_rate_hz) == ("G722/16000", 16000)
-            voice = (np.sin(np.arange(2 * 16000) * 0.4) * 8000).astype("<i2").tobytes()
-            play = Play(leg_id=call.leg.leg_id, item_id="v", pcm=voice, sample_rate_hz=16000, is_final=True)
-            await call.leg.send(play)
-            assert len(await asyncio.to_thread(packets, call.peer, 1.0)) > 30

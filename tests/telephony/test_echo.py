@@ -42,7 +42,7 @@ needs_speex = pytest.mark.skipif(not has_speex(), reason="libspeexdsp1 is not in
 
 @cache
 def agent_voice() -> np.ndarray:
-    names = ["hours_day", "what_can_you_do", "order_status", "number_prefix", "goodbye", "backchannel"] * 2
+    names = ["hours_day", "what_can_you_do", "order_status", "number_prefix", "goodbye", "backchannel_okay"] * 2
     samples = np.concatenate([np.frombuffer(read_clip(CLIPS / f"{name}.flac"), "<i2") for name in names])
     return samples[: len(samples) // FRAME * FRAME].astype(float)
 
@@ -159,6 +159,45 @@ def test_while_we_are_silent_the_caller_passes_bit_for_bit():
     echo = LineEcho(CONFIG)
     for received, sent in frames(caller_voice(), np.zeros(len(caller_voice()))):
         assert echo.push(received, sent) == (received, False)
+
+
+@needs_speex
+@pytest.mark.parametrize(("return_loss_db", "at_s"), [(None, 0), (None, 1), (6, 0)])
+def test_after_both_have_talked_at_once_a_silent_line_stays_silent(return_loss_db, at_s):
+    """Double talk leads the filter astray; the echo of the last word is then made up for half a second."""
+    at, end = at_s * RATE, (at_s + 5) * RATE
+    sent = np.concatenate([agent_voice()[:end], np.zeros(RATE)])
+    received = np.zeros(len(sent)) if return_loss_db is None else echo_of(sent, 20, return_loss_db)
+    received[at:end] += np.tile(caller_voice(), 4)[: end - at] * 1.5
+    received = over_g711(received)
+    echo = LineEcho(CONFIG)
+    heard = b"".join(echo.push(*frame)[0] for frame in frames(received, sent))
+    cleaned = np.frombuffer(heard, "<i2").astype(float).reshape(-1, FRAME)
+    before = received.reshape(-1, FRAME)[: len(cleaned)]
+    is_silent = np.mean(before**2, axis=1) < 32768**2 * 10**-6  # -60 dBov
+    assert is_silent.sum() > 40
+    assert np.mean(cleaned[is_silent] ** 2, axis=1).max() < 32768**2 * 10**-5.5
+
+
+def test_a_filter_that_has_only_added_sound_for_a_third_of_a_second_learns_anew(monkeypatch):
+    class Astray:
+        num_resets = 0
+
+        def __init__(self, *_arguments):
+            pass
+
+        def cancel(self, received, sent):
+            return sent
+
+        def reset(self):
+            self.num_resets += 1
+
+    monkeypatch.setattr("telephony.echo.SpeexEchoCanceller", Astray)
+    echo = LineEcho(CONFIG)
+    quiet, loud = pcm(np.full(FRAME, 30)), pcm(np.full(FRAME, 3_000))
+    for count in range(1, 31):
+        assert echo.push(quiet, loud)[0] == quiet
+        assert echo._canceller.num_resets == count // 15
 
 
 def test_without_the_library_the_gate_works_alone(monkeypatch):

@@ -63,7 +63,7 @@ def test_audio_record_carries_both_directions_and_what_was_made_of_the_callers(c
 @pytest.mark.parametrize("seed", range(5))
 def test_playout_gives_each_sample_once_for_random_chunks_and_pulls(seed):
     rng = random.Random(seed)
-    playout = Playout("leg", CONFIG)
+    playout = Playout("leg", TelephonyConfig(comfort_noise_dbov=0))
     samples = np.arange(1, 4001, dtype="<i2")
     position, out, progress = 0, b"", []
     while position < len(samples) or not playout.is_idle:
@@ -116,6 +116,22 @@ def test_P15_resampler_output_does_not_depend_on_chunk_sizes_and_withholds_at_mo
     out += stream.finish()
     assert out == expected
     assert withheld <= 0.002 * to_hz + 1 and abs(len(out) // 2 - to_hz) <= 2
+
+
+def test_resampler_starts_no_thread_that_a_call_would_wait_for():
+    threads = lambda: len(os.listdir("/proc/self/task"))  # noqa: E731
+    before, resamplers = threads(), [StreamResampler(8000, 16_000) for _ in range(4)]
+    assert all(resampler.push(bytes(320)) for resampler in resamplers)
+    assert threads() <= before
+
+
+def test_resampler_makes_stereo_mono():
+    left = (np.sin(np.arange(4800) * 0.05) * 8000).astype("<i2")
+    stereo = np.stack([left, left], axis=1).tobytes()
+    mono, both = StreamResampler(48_000, 8000), StreamResampler(48_000, 8000, "stereo")
+    expected = np.frombuffer(mono.push(left.tobytes()) + mono.finish(), "<i2")
+    found = np.frombuffer(both.push(stereo) + both.finish(), "<i2")
+    assert len(found) == len(expected) == 800 and np.abs(found.astype(int) - expected).max() <= 2
 
 
 def noise(seed, seconds=1.0, level=3000.0):
@@ -270,6 +286,16 @@ def test_refer_is_reported_once_with_its_final_outcome():
     assert late.on_time(29.9) is None
     timeout = late.on_time(30.0)
     assert timeout is not None and timeout.sip_status == 408
+    assert late.on_party_gone() is None
+
+
+def test_refer_whose_party_leaves_is_of_unknown_outcome_only_when_it_was_accepted():
+    refer = OutboundRefer("leg", now_s=0.0, timeout_s=30)
+    assert refer.on_party_gone() is None
+    refer.on_status(202, "Accepted", False)
+    result = refer.on_party_gone()
+    assert result is not None and result.sip_status == 0
+    assert refer.on_party_gone() is None and refer.on_status(200, "OK", True) is None
 
 
 def test_every_status_has_a_cause():
@@ -278,6 +304,7 @@ def test_every_status_has_a_cause():
         and cause_of_status(488) == "no_common_codec"
         and cause_of_status(603) == "rejected"
     )
+    assert {cause_of_status(status) for status in (300, 302, 380)} == {"redirected"}
     assert cause_of_hangup("transferred") == "transferred" and cause_of_hangup("whatever") == "normal"
 
 

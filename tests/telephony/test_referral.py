@@ -107,7 +107,7 @@ def loud_packets(peer, for_packets):
     return [peer.media.recv(2048) for _ in range(for_packets)]
 
 
-async def test_J2_referrer_reads_the_outcome_and_the_same_leg_goes_on_with_the_target(worker, target):
+async def test_referrer_reads_the_outcome_and_the_same_leg_goes_on_with_the_target(worker, target):
     async with referrer(worker) as call:
         assert await call.refer(f"sip:desk@127.0.0.1:{target.port}") == "202"
         invite = await asyncio.to_thread(target.receive, "INVITE")

@@ -19,8 +19,17 @@ from telephony.config import TelephonyConfig  # noqa: E402
 from telephony.webrtc.config import WebRtcConfig, media_config  # noqa: E402
 from telephony.webrtc.ice import MediaLoop, with_public_address  # noqa: E402
 from telephony.webrtc.jitter import CallerTimeline, Promptly  # noqa: E402
-from telephony.webrtc.signaling import Answered, Offer, OfferFailed, Refused, WorkerChoice, send_offer, serve_offers  # noqa: E402
-from telephony.webrtc.tickets import TicketOffice, TokenRefused, ice_servers  # noqa: E402
+from telephony.webrtc.signaling import (  # noqa: E402
+    Answered,
+    Offer,
+    OfferFailed,
+    Refused,
+    WorkerChoice,
+    send_check,
+    send_offer,
+    serve_offers,
+)
+from telephony.webrtc.tickets import CLOCK_SKEW_S, TicketOffice, TokenRefused, ice_servers  # noqa: E402
 
 FRAME = 320
 OFFER = Offer(sdp="v=0", did="100", ani="web")
@@ -70,25 +79,50 @@ def test_browser_leg_is_wideband_whatever_sip_is() -> None:
 # -------------------------------------------------------------------------- tickets
 
 
+def office(secret: bytes = b"k" * 32, valid_s: int = 60, spent: set[str] | None = None) -> TicketOffice:
+    """`spent` stands for the table of used tokens."""
+    used = set() if spent is None else spent
+
+    def spend(nonce: str, _expires_at_s: float, _now_s: float) -> bool:
+        is_new = nonce not in used
+        used.add(nonce)
+        return is_new
+
+    return TicketOffice(secret, valid_s, spend)
+
+
 def test_token_counts_once_and_ends() -> None:
-    office = TicketOffice(b"k" * 32, 60)
-    token = office.sell("100", "web-ann", "Ann", 1_000.0)
-    assert office.take(token, 1_059.0).did == "100"
-    with pytest.raises(TokenRefused, match="used"):
-        office.take(token, 1_059.0)
+    spent: set[str] = set()
+    ours = office(spent=spent)
+    token = ours.sell("100", "web-ann", "Ann", 1_000.0)
+    assert ours.take(token, 1_059.0).did == "100"
+    for door in (ours, office(spent=spent)):  # the same process, and the next one
+        with pytest.raises(TokenRefused, match="used"):
+            door.take(token, 1_059.0)
     with pytest.raises(TokenRefused, match="expired"):
-        office.take(office.sell("100", "a", "b", 1_000.0), 1_060.0)
+        ours.take(ours.sell("100", "a", "b", 1_000.0), 1_060.0)
+
+
+def test_token_that_another_server_lets_live_too_long_is_refused_with_the_reason_and_not_remembered() -> None:
+    spent: set[str] = set()
+    ours = office(spent=spent)
+    for years in (60.0 + CLOCK_SKEW_S + 1, 10 * 365 * 86_400.0):
+        token = office(valid_s=int(years)).sell("100", "a", "b", 1_000.0)  # the same secret
+        with pytest.raises(TokenRefused, match=r"at most 60 s \(webrtc.start_within_s\)"):
+            ours.take(token, 1_000.0)
+    assert not spent
+    assert ours.take(office(valid_s=60 + CLOCK_SKEW_S).sell("100", "a", "b", 1_000.0), 1_000.0).did == "100"
 
 
 def test_token_of_another_secret_or_with_another_number_is_refused() -> None:
-    office = TicketOffice(b"k" * 32, 60)
-    token = office.sell("100", "a", "b", 0.0)
+    ours = office()
+    token = ours.sell("100", "a", "b", 0.0)
     head, claims, signature = token.split(".")
     other = claims[:-4] + ("A" if claims[-4] != "A" else "B") + claims[-3:]
-    stranger = TicketOffice(b"x" * 32, 60).sell("100", "a", "b", 0.0)
+    stranger = office(b"x" * 32).sell("100", "a", "b", 0.0)
     for forged in (stranger, f"{head}.{other}.{signature}", "", ".", "v1.x", "ü" * 50, token[:-1]):
         with pytest.raises(TokenRefused):
-            office.take(forged, 1.0)
+            ours.take(forged, 1.0)
 
 
 def test_turn_credential_is_what_coturn_computes_and_stun_needs_none() -> None:
@@ -237,9 +271,13 @@ async def test_offer_crosses_the_socket_and_a_caller_who_gives_up_is_noticed(tmp
     waiting.cancel()
     await asyncio.wait([futures[1]], timeout=5)
     assert futures[1].cancelled()
+    await send_check(path, 5.0)  # asks nobody for a call
+    assert len(futures) == 2
     server.close()
     with pytest.raises(OfferFailed):
         await send_offer(tmp_path / "nobody.sock", OFFER, 1.0)
+    with pytest.raises(OfferFailed):
+        await send_check(tmp_path / "nobody.sock", 1.0)
 
 
 # ------------------------------------------------------------------------ addresses

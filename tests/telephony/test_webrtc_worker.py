@@ -32,6 +32,7 @@ from telephony.leg import (  # noqa: E402
 )
 from telephony.webrtc.ice import gather_only_on  # noqa: E402
 from telephony.webrtc.signaling import Answered, Refused  # noqa: E402
+from telephony.wire_metrics import dbov  # noqa: E402
 from tests.telephony.webrtc_peer import RATE, Browser, RunningWorker, browser_worker  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -185,6 +186,28 @@ async def test_agent_that_hangs_up_closes_the_browsers_connection():
         await agent.until(lambda: browser.connection.connectionState == "closed")
 
 
+async def test_a_connection_that_is_lost_for_a_while_does_not_end_the_call_one_that_stays_lost_does():
+    async with call_up(media_timeout_s=8.0) as (_, agent, browser):
+        line = browser.connection.getTransceivers()[0].sender.transport.transport
+        send = line._send
+
+        async def lost(_packet: bytes) -> None:
+            pass
+
+        line._send = lost
+        await asyncio.sleep(3.0)
+        assert not agent.of(LegDisconnected)
+        line._send = send
+        song, begin = warble(2.0, 300.0), len(agent.heard)
+        browser.microphone.pcm = song
+        await agent.until(lambda: len(agent.heard) - begin > 2 * RATE * 4)
+        assert similarity(np.frombuffer(bytes(agent.heard[begin:]), "<i2"), song) > 0.7
+        assert not agent.of(LegDisconnected)
+        line._send = lost
+        (ended,) = await agent.until(lambda: agent.of(LegDisconnected))
+        assert (ended.cause, ended.by) == ("media_timeout", "network")
+
+
 async def test_a_full_worker_an_absent_agent_and_a_refusing_agent_are_each_a_clear_503():
     async with browser_worker(max_calls=1) as worker:
         absent, first, second = Browser(), Browser(), Browser()
@@ -250,3 +273,12 @@ async def test_call_outlives_its_agent_and_the_next_one_gets_it():
         await heir.until(lambda: heir.of(AudioFrame))
         assert browser.connection.connectionState == "connected"
         await heir.client.close()
+
+
+async def test_browser_hears_comfort_noise_until_the_agent_speaks():
+    async with call_up() as (worker, agent, browser):
+        await agent.until(lambda: len(browser.heard) > 2 * RATE)
+        heard = browser.heard[RATE : 2 * RATE].astype(float)  # the first second holds what comes before the call is up
+        # Opus carries less of a noise than of a voice: -68 dBov are left of -65.
+        assert dbov(float(np.mean(heard**2))) == pytest.approx(worker.config.comfort_noise_dbov - 3, abs=4)
+        assert not [event for event in agent.of(WireMetric) if event.kind.startswith("agent_")]

@@ -16,11 +16,13 @@ import pytest
 
 pytest.importorskip("pjsua2")
 
+from agent.bench_short_calls import ShortCall  # noqa: E402
 from agent.raw_sip_peer import G722_ONLY, RawPeer, header, to_tag  # noqa: E402
 from telephony.client import CallRefused, WorkerClient  # noqa: E402 - only where pjsua2 is installed
 from telephony.config import TelephonyConfig  # noqa: E402
 from telephony.leg import (  # noqa: E402
     Answer,
+    DtmfReceived,
     LegDisconnected,
     LegIncoming,
     LegState,
@@ -119,7 +121,7 @@ async def test_offer_without_common_codec_gets_488_and_no_call(worker_pair):
             assert (await off_loop(peer.final)).startswith("SIP/2.0 488")
 
 
-async def test_L13_without_an_agent_calls_get_503_with_retry_after(worker_pair):
+async def test_without_an_agent_calls_get_503_with_retry_after(worker_pair):
     near, _ = worker_pair
     await asyncio.sleep(0.05)
     with raw_peer(near.address) as peer:
@@ -252,7 +254,7 @@ def first_voiced_packet(media):
             return time.monotonic()
 
 
-async def test_P1_L14_stuck_agent_loop_makes_no_gap_in_what_it_had_said(worker_pair):
+async def test_P1_stuck_agent_loop_makes_no_gap_in_what_it_had_said(worker_pair):
     near, far = worker_pair
     async with agent_of(near) as near_client, agent_of(far) as far_client:
         near_listener, far_listener = await call_up(near_client, far_client, near)
@@ -301,6 +303,29 @@ async def test_agent_death_is_apologised_for_and_the_next_agent_gets_the_call(wo
                 listener = Listener(resumed)
                 assert (await listener.wait_for(LegIncoming)).did == "100"
                 assert (await listener.confirmed()).sample > RATE // 2
+                resumed.hang_up()
+                await far_listener.wait_for(LegDisconnected)
+
+
+async def test_agent_death_ends_the_call_that_waits_for_its_ack_and_keeps_the_confirmed_one(worker_pair):
+    _, far = worker_pair
+    with WorkerProcess(TelephonyConfig(sip_port=0, agent_lost_hold_s=8)) as near, raw_peer(near.address) as peer:
+        async with agent_of(far) as far_client:
+            async with agent_of(near) as first:
+                _, far_listener = await call_up(first, far_client, near)
+                peer.invite()
+                leg = await asyncio.wait_for(anext(first.legs()), 5)
+                await leg.send(Answer(leg_id=leg.leg_id))
+                ok = await off_loop(peer.final)
+                assert ok.startswith("SIP/2.0 200")
+            await asyncio.sleep(0.5)
+            peer.request("ACK", to_tag=to_tag(ok))  # too late: RFC 3261 §15 has us wait for it before our BYE
+            bye = await off_loop(peer.receive, "BYE")
+            peer.respond(bye, "200 OK")
+            assert near.poll() is None and not far_listener.task.done()
+            async with agent_of(near) as second:
+                resumed = await asyncio.wait_for(anext(second.legs()), 5)
+                assert resumed.is_resumed and resumed.state is LegState.CONFIRMED
                 resumed.hang_up()
                 await far_listener.wait_for(LegDisconnected)
 
@@ -378,3 +403,18 @@ async def test_worker_without_parent_says_bye_and_exits_within_5_s(worker_pair, 
         parent.kill()
         parent.wait()
         parent.stdout.close()
+
+
+async def test_keys_as_telephone_events_arrive_in_order_and_are_told_on_the_workers_own_thread():
+    """pjsip calls back from its media thread here, and the agent's link belongs to the main one: two threads in it lose
+    or double a message."""
+    with WorkerProcess(TelephonyConfig(sip_port=0)) as worker:
+        async with agent_of(worker) as client:
+            keying = ShortCall(worker.address, "keys", 0.5, [])
+            calling = asyncio.create_task(asyncio.to_thread(keying.run))
+            leg = await asyncio.wait_for(anext(client.legs()), 5)
+            listener = Listener(leg)
+            await leg.send(Answer(leg_id=leg.leg_id))
+            await listener.wait_for(LegDisconnected)
+            await calling
+    assert "".join(event.digit for event in listener.events if isinstance(event, DtmfReceived)) == "123"

@@ -10,6 +10,8 @@ import { LiveEar } from "./live_ear.js";
 import { el, clock, shortTime } from "./elements.js";
 
 const PAGE_ROWS = 50;
+const NARROW = matchMedia("(max-width: 52rem)"); // as in console.css: the call stands below the list
+const TYPED_MS = 400;
 const REFRESH_MS = 250; // at most four fetches a second, however fast a call talks
 
 const state = { callId: "", startSecond: null, calls: [], player: null, detail: null, me: null, ear: null };
@@ -19,6 +21,15 @@ async function getJson(path) {
   if (response.status === 401) location.assign("/login");
   if (!response.ok) throw new Error(`${path}: ${response.status}`);
   return response.json();
+}
+
+// Waits until nothing was typed for a moment: a search is one request, and one line in the audit, not one per letter.
+function whenTyped(work) {
+  let waiting = 0;
+  return () => {
+    clearTimeout(waiting);
+    waiting = setTimeout(work, TYPED_MS);
+  };
 }
 
 // Runs `work` soon, and again if it was asked for meanwhile; never twice at once.
@@ -84,7 +95,7 @@ function listItem(call) {
   const link = el("a", { href: `#${call.call_id}` }, [
     el("span", { class: "who" }, call.display_name || call.ani || "number withheld"),
     outcome(call),
-    el("span", { class: "soft" }, [call.campaign || call.did, `${call.num_turns} turns`].join(" · ")),
+    el("span", { class: "soft" }, [call.campaign || call.did, counted(call.num_turns, "turn")].join(" · ")),
     el("span", { class: "soft number" }, shortTime(call.started_at)),
   ]);
   if (call.call_id === state.callId) link.setAttribute("aria-current", "true");
@@ -106,6 +117,10 @@ const SHORT_NAMES = {
   stop_ms: "stop",
 };
 
+function counted(number, name) {
+  return `${number} ${name}${number === 1 ? "" : "s"}`;
+}
+
 const refreshSummary = soon(async () => {
   const summary = await getJson("/api/summary");
   const rows = [el("div", {}, [el("dt", {}, "calls now"), el("dd", {}, String(summary.num_open_calls))])];
@@ -115,6 +130,11 @@ const refreshSummary = soon(async () => {
       el("small", {}, `p95 ${Math.round(latency.p95)} · n ${latency.n}`),
     ]);
     rows.push(el("div", {}, [el("dt", {}, SHORT_NAMES[latency.name] || latency.name), value]));
+  }
+  if (summary.num_unmeasured_calls > 0) {
+    const title = `in calls that ended in the last ${summary.hours} hours; the figures beside it leave them out`;
+    const value = `${counted(summary.num_unmeasured_turns, "answer")} in ${counted(summary.num_unmeasured_calls, "call")}`;
+    rows.push(el("div", { class: "alert", role: "alert", title }, [el("dt", {}, "no latency of"), el("dd", {}, value)]));
   }
   document.getElementById("summary").replaceChildren(...rows);
 });
@@ -156,10 +176,14 @@ const refreshCall = soon(async () => {
       actions: state.me ? actionsOf(state.me.rights) : [],
     });
     document.getElementById("detail").replaceChildren(state.detail.root);
+    if (NARROW.matches) document.getElementById("detail").scrollIntoView(); // else it opens below the list, unseen
     document.title = `${call.display_name || call.ani || call.call_id} · MinMo calls`;
   }
   state.detail.update(call, outcome(call));
-  if (!state.player && call.recording && call.state === "closed") await addPlayer(call);
+  const mayHear = state.me && state.me.rights.includes("playback");
+  const isRecorded = call.recording && call.state === "closed";
+  if (!state.player && isRecorded && mayHear) await addPlayer(call);
+  if (isRecorded && !mayHear) state.detail.placePlayer(el("p", { class: "soft" }, "Recorded; hearing it needs the right playback."));
 });
 
 // ------------------------------------------------- what may be done to a running call
@@ -171,7 +195,7 @@ function actionsOf(rights) {
     listen.addEventListener("click", () => (state.ear ? stopListening() : startListening(listen)));
     actions.push(listen);
   }
-  if (rights.includes("recording")) {
+  if (rights.includes("pause_recording")) {
     const pause = el("button", { type: "button", "aria-pressed": "false" }, "Pause recording");
     pause.addEventListener("click", () => switchRecording(pause));
     actions.push(pause);
@@ -296,7 +320,7 @@ async function start() {
 }
 
 document.getElementById("filters").addEventListener("submit", (event) => event.preventDefault());
-document.getElementById("filters").addEventListener("input", refreshList);
+document.getElementById("filters").addEventListener("input", whenTyped(refreshList));
 document.getElementById("more").addEventListener("click", showOlder);
 window.addEventListener("hashchange", readAddress);
 start();

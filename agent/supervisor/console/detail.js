@@ -7,15 +7,18 @@ const LATENCIES = {
   first_word_ms: "first word",
   duck_ms: "ducked after",
   stop_ms: "stopped after",
+  echo_return_loss_db: "echo return loss",
+  echo_enhancement_db: "echo removed",
 };
 
 function nameOf(metric) {
-  return LATENCIES[metric] || metric.replace(/_ms$/, "").replaceAll("_", " ");
+  return LATENCIES[metric] || metric.replace(/_(ms|db)$/, "").replaceAll("_", " ");
 }
 
 // The unit is the end of the name: ("duck_ms", 48.5) -> "49 ms"; a count has none.
 function figureOf(metric, value) {
-  return metric.endsWith("_ms") ? `${Math.round(value)} ms` : String(Math.round(value));
+  const unit = metric.endsWith("_ms") ? " ms" : metric.endsWith("_db") ? " dB" : "";
+  return `${Math.round(value)}${unit}`;
 }
 
 export function detailOf({ onSeek, loadEvents, actions = [] }) {
@@ -188,6 +191,7 @@ function factsOf(call) {
     ...fact("Call", call.call_id),
     ...fact("Campaign", call.campaign),
     ...fact("Caller's address", call.source_address),
+    ...lineFacts(call.line),
     ...fact("Codec", call.codec),
     ...fact("Answered", answered),
     ...fact("Ended", call.ended_at ? [call.disposition, call.cause].filter(Boolean).join(", ") : ""),
@@ -199,6 +203,14 @@ function factsOf(call) {
     ...fact("Instruction to the model", style.instruction),
     ...fact("Why", reasons, true),
   ];
+}
+
+// By which line it came. What its headers say is the caller's claim, and stands there as that.
+function lineFacts(line) {
+  if (!line) return [];
+  const number = line.is_withheld ? "withheld" : line.is_asserted ? "asserted by the trunk" : "as the caller claims";
+  const claims = Object.entries(line.headers).flatMap(([header, value]) => fact(`${header}, as claimed`, value));
+  return [...fact("Trunk", line.trunk), ...fact("Number", number), ...claims];
 }
 
 // What the person was told has several lines: the record's own words, one below the other.

@@ -4,6 +4,7 @@
 import { el, minutes } from "./elements.js";
 
 const GATHER_MS = 2000;
+const RECONNECT_MS = 10000; // as long as the server waits for our packets (webrtc.media_timeout_s)
 const KEYS = ["1", "2", "3", "4", "5", "6", "7", "8", "9", "*", "0", "#"];
 const WORDS = {
   idle: "Ready",
@@ -11,7 +12,9 @@ const WORDS = {
   calling: "Calling",
   connecting: "Connecting",
   up: "In call",
+  reconnecting: "Reconnecting",
 };
+const CAN_CHOOSE_SPEAKER = "setSinkId" in HTMLMediaElement.prototype;
 
 export class Softphone {
   constructor({ root, opener, settings, onCall }) {
@@ -30,6 +33,8 @@ export class Softphone {
     this.number = el("input", { id: "phone-number", inputmode: "tel", maxlength: "64", value: "100" });
     this.devices = el("select", { id: "phone-device" });
     this.devices.addEventListener("change", () => this.switchMicrophone());
+    this.speakers = el("select", { id: "phone-speaker" });
+    this.speakers.addEventListener("change", () => this.switchSpeaker());
     this.levels = { you: meter("you", "caller"), agent: meter("agent", "agent") };
     this.callButton = button("Call", "primary", () => this.start());
     this.endButton = button("Hang up", "danger", () => this.hangUp());
@@ -45,6 +50,7 @@ export class Softphone {
       ...(this.settings.did ? [] : [el("label", { for: "phone-number" }, "Number"), this.number]),
       el("label", { for: "phone-device" }, "Microphone"),
       this.devices,
+      ...(CAN_CHOOSE_SPEAKER ? [el("label", { for: "phone-speaker" }, "Speaker"), this.speakers] : []),
       this.levels.you.root,
       this.levels.agent.root,
       this.keypad(),
@@ -54,6 +60,7 @@ export class Softphone {
     if (!this.settings.is_on) this.fail(this.settings.off_because);
     this.show("idle");
     this.listDevices();
+    if (navigator.mediaDevices) navigator.mediaDevices.addEventListener("devicechange", () => this.listDevices());
   }
 
   keypad() {
@@ -80,7 +87,7 @@ export class Softphone {
     this.endButton.hidden = state === "idle";
     this.muteButton.hidden = state === "idle";
     for (const key of this.keys) key.disabled = state !== "up";
-    this.opener.textContent = state === "up" ? "In call" : "Call the agent";
+    this.opener.textContent = state === "idle" ? "Call the agent" : WORDS[state];
   }
 
   fail(words) {
@@ -95,7 +102,7 @@ export class Softphone {
     const call = (this.call = { isOver: false });
     try {
       this.show("asking");
-      call.microphone = await navigator.mediaDevices.getUserMedia({ audio: this.wanted() });
+      this.speakWith(call, await navigator.mediaDevices.getUserMedia({ audio: this.wanted() }));
       await this.listDevices();
       if (call.isOver) return;
       this.show("calling");
@@ -113,6 +120,7 @@ export class Softphone {
     }));
     call.sender = connection.addTrack(call.microphone.getAudioTracks()[0], call.microphone);
     call.control = connection.createDataChannel("control");
+    call.control.addEventListener("close", () => this.finish(call, "")); // the other side's goodbye
     connection.addEventListener("track", (event) => this.hear(call, event));
     connection.addEventListener("connectionstatechange", () => this.follow(call));
     await connection.setLocalDescription(await connection.createOffer());
@@ -139,11 +147,17 @@ export class Softphone {
     if (call.isOver) return;
     const state = call.connection.connectionState;
     if (state === "connected" && this.state !== "up") {
-      call.startedAt = Date.now();
+      clearTimeout(call.givingUp);
       this.show("up");
-      this.onCall(call.id);
-    } else if (state === "failed") this.finish(call, "The connection for the sound could not be made, or broke.");
-    else if (state === "closed" || state === "disconnected") this.finish(call, "");
+      if (!call.startedAt) this.onCall(call.id);
+      call.startedAt = call.startedAt || Date.now();
+    } else if (state === "disconnected" && this.state === "up") {
+      // Packets are missing: a change of network, a tunnel. Most come back (W3C webrtc-pc 5.6.2).
+      this.show("reconnecting");
+      call.givingUp = setTimeout(() => this.finish(call, "The connection was lost."), RECONNECT_MS);
+    } else if (state === "failed") {
+      this.finish(call, call.startedAt ? "The connection was lost." : "The connection for the sound could not be made.");
+    } else if (state === "closed") this.finish(call, "");
   }
 
   draw(call) {
@@ -175,7 +189,8 @@ export class Softphone {
   finish(call, problem) {
     if (call.isOver) return;
     call.isOver = true;
-    for (const track of call.microphone ? call.microphone.getTracks() : []) track.stop();
+    clearTimeout(call.givingUp);
+    if (call.microphone) stop(call.microphone);
     if (call.audio) call.audio.close();
     // A moment later, so that the hang-up on the data channel leaves first.
     if (call.connection) setTimeout(() => call.connection.close(), 200);
@@ -187,7 +202,7 @@ export class Softphone {
     this.show("idle");
   }
 
-  // ------------------------------------------------------------- microphones
+  // ------------------------------------------------- microphones and speakers
 
   wanted() {
     const exact = this.devices.value ? { deviceId: { exact: this.devices.value } } : {};
@@ -200,26 +215,72 @@ export class Softphone {
       this.fail("The browser gives its microphone to pages over HTTPS or on this machine only.");
       return;
     }
-    const chosen = this.devices.value;
-    const found = (await navigator.mediaDevices.enumerateDevices()).filter((device) => device.kind === "audioinput");
-    const options = found.filter((device) => device.deviceId).map((device) =>
-      el("option", { value: device.deviceId }, device.label || "microphone"),
-    );
-    this.devices.replaceChildren(...(options.length ? options : [el("option", { value: "" }, "as the browser asks")]));
-    if (chosen) this.devices.value = chosen;
+    const found = (await navigator.mediaDevices.enumerateDevices()).filter((device) => device.deviceId);
+    const microphones = options(found, "audioinput", "microphone");
+    choices(this.devices, microphones.length ? microphones : [el("option", { value: "" }, "as the browser asks")]);
+    const speakers = options(found, "audiooutput", "speaker").filter((option) => option.value !== "default");
+    choices(this.speakers, [el("option", { value: "" }, "as the system has it"), ...speakers]);
+  }
+
+  speakWith(call, microphone) {
+    call.microphone = microphone;
+    // Not heard when we stop it ourselves: the device was unplugged, or the permission taken back.
+    microphone.getAudioTracks()[0].addEventListener("ended", () => {
+      if (!call.isOver && call.microphone === microphone) this.fail("The microphone is gone. Choose another one.");
+    });
   }
 
   async switchMicrophone() {
     const call = this.call;
     if (!call || call.isOver || !call.sender) return;
-    const next = await navigator.mediaDevices.getUserMedia({ audio: this.wanted() });
-    const wasOn = call.microphone.getAudioTracks()[0].enabled;
-    next.getAudioTracks()[0].enabled = wasOn;
-    await call.sender.replaceTrack(next.getAudioTracks()[0]);
-    for (const track of call.microphone.getTracks()) track.stop();
-    call.microphone = next;
-    call.meters[0][1] = analyser(call.audio, next);
+    const before = call.microphone;
+    let next = null;
+    this.devices.disabled = true; // one at a time
+    try {
+      next = await navigator.mediaDevices.getUserMedia({ audio: this.wanted() });
+      next.getAudioTracks()[0].enabled = before.getAudioTracks()[0].enabled;
+      await call.sender.replaceTrack(next.getAudioTracks()[0]);
+      this.speakWith(call, next);
+      stop(before);
+      if (call.isOver) stop(next);
+      else if (call.meters) call.meters[0][1] = analyser(call.audio, next);
+      this.fail("");
+    } catch (error) {
+      if (next) stop(next);
+      if (call.isOver) return;
+      this.devices.value = before.getAudioTracks()[0].getSettings().deviceId;
+      this.fail(`${wordsOf(error)} The microphone stays as it was.`);
+    } finally {
+      this.devices.disabled = false;
+    }
   }
+
+  async switchSpeaker() {
+    try {
+      await this.voice.setSinkId(this.speakers.value);
+      this.fail("");
+    } catch (error) {
+      this.speakers.value = this.voice.sinkId;
+      this.fail(`${wordsOf(error, "speaker")} The speaker stays as it was.`);
+    }
+  }
+}
+
+function stop(stream) {
+  for (const track of stream.getTracks()) track.stop();
+}
+
+function options(devices, kind, name) {
+  return devices
+    .filter((device) => device.kind === kind)
+    .map((device) => el("option", { value: device.deviceId }, device.label || name));
+}
+
+// What was chosen stays chosen, where it is still there.
+function choices(select, found) {
+  const chosen = select.value;
+  select.replaceChildren(...found);
+  if (found.some((option) => option.value === chosen)) select.value = chosen;
 }
 
 function button(words, kind, onClick) {
@@ -269,10 +330,11 @@ async function post(path, body) {
   throw new Error(`${sentence(answer.error)}${wait ? ` Try again in ${wait} s.` : ""}`);
 }
 
-function wordsOf(error) {
-  if (error.name === "NotAllowedError") return "The browser does not let this page use the microphone.";
-  if (error.name === "NotFoundError" || error.name === "OverconstrainedError") return "There is no such microphone.";
-  return error.message;
+function wordsOf(error, device = "microphone") {
+  if (error.name === "NotAllowedError") return `The browser does not let this page use the ${device}.`;
+  if (error.name === "NotFoundError" || error.name === "OverconstrainedError") return `There is no such ${device}.`;
+  if (error.name === "NotReadableError") return `The ${device} is used by another program or does not work.`;
+  return sentence(error.message.replace(/\.$/, ""));
 }
 
 function sentence(words) {
