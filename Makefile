@@ -32,7 +32,9 @@ test: venv-dev
 # Calls are mostly waiting: more at a time than there are cores, live ones in groups (tests/conftest.py).
 	@failed=0; \
 	$(BIN)/python -m pytest -m "not live" -n 4 --dist worksteal || failed=1; \
-	$(BIN)/python -m pytest $(LIVE) -m live -n 4 --dist loadfile --no-loadscope-reorder || failed=1; \
+	$(BIN)/python -m pytest $(LIVE) -m live -n 4 --dist loadfile --no-loadscope-reorder || \
+	  { [ $$? = 1 ] && echo "make test: what failed among four at a time is tried once more, alone" && \
+	    $(BIN)/python -m pytest $(LIVE) -m live --last-failed --last-failed-no-failures none; } || failed=1; \
 	exit $$failed
 
 check: venv-dev
