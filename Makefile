@@ -28,13 +28,17 @@ serve: venv
 	@$(BIN)/minmo serve
 
 LIVE = $(shell grep -rl "mark.live" tests --include="test_*.py")
+# A machine shared with others may starve one of four tests at a time: what failed is tried once more, alone, and that is
+# told. $(1): which tests, $(2): how they are dealt out.
+define tested
+{ $(BIN)/python -m pytest $(1) $(2) || { [ $$? = 1 ] && echo "make test: what failed is tried once more, alone" && \
+  $(BIN)/python -m pytest $(1) --last-failed --last-failed-no-failures none; }; }
+endef
 test: venv-dev
 # Calls are mostly waiting: more at a time than there are cores, live ones in groups (tests/conftest.py).
 	@failed=0; \
-	$(BIN)/python -m pytest -m "not live" -n 4 --dist worksteal || failed=1; \
-	$(BIN)/python -m pytest $(LIVE) -m live -n 4 --dist loadfile --no-loadscope-reorder || \
-	  { [ $$? = 1 ] && echo "make test: what failed among four at a time is tried once more, alone" && \
-	    $(BIN)/python -m pytest $(LIVE) -m live --last-failed --last-failed-no-failures none; } || failed=1; \
+	$(call tested,-m "not live",-n 4 --dist worksteal) || failed=1; \
+	$(call tested,$(LIVE) -m live,-n 4 --dist loadfile --no-loadscope-reorder) || failed=1; \
 	exit $$failed
 
 check: venv-dev
