@@ -63,6 +63,7 @@ class TurnView:
     is_agent_speaking: bool = False
     has_segment: bool = False  # a segment is open (hangover not over)
     slot_digits: int = 0
+    loudness_db: float | None = None  # of that segment beside the caller's own turns; None: unknown
 
 
 def patience_ms(text: str, slot_digits: int = 0) -> int:

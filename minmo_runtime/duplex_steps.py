@@ -47,6 +47,8 @@ FACT_NAMES = (
     "bridge_user_waits",
     "bridge_interrupt",
     "bridge_backchannel",
+    "is_loudness_known",
+    "loudness",
 )
 NUM_FACTS = len(FACT_NAMES)
 
@@ -87,6 +89,8 @@ def facts(view: TurnView) -> list[float]:
         said.user_waits,
         said.interrupt,
         said.backchannel,
+        float(view.loudness_db is not None),
+        max(-1.0, min(1.0, (view.loudness_db or 0.0) / 24)),
     ]
 
 

@@ -1,16 +1,15 @@
 """The listening side of one call: voice-activity gate, segments waiting to be encoded, and what they said so far.
 
 Caller audio runs through a gate (pre-roll 480 ms, hangover 640 ms, design §4a): each stretch of speech becomes a
-`Segment` with a fresh encoder state, as the encoder was trained on utterances; long silence is never encoded. The
-encoder itself runs in runner.py; this file only keeps samples and results. Time is the input clock, in samples. Walk:
-step 6.
+`Segment` (segment.py) with a fresh encoder state, as the encoder was trained on utterances; long silence is never
+encoded. The encoder itself runs in runner.py; this file only keeps samples and results. Time is the input clock, in
+samples. Walk: step 6.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,70 +17,12 @@ from numpy.typing import NDArray
 from minmo_runtime import features
 from minmo_runtime.api import Caption, PushAudio
 from minmo_runtime.bridges import TurnView
-from minmo_runtime.caption_search import CaptionSearch
 from minmo_runtime.config import RuntimeConfig
 from minmo_runtime.conversation import AudioVector
-from minmo_runtime.ctc import GreedyCtc
+from minmo_runtime.loudness import VoicedLevel
 from minmo_runtime.rates import input_samples
+from minmo_runtime.segment import Moment, Segment
 from minmo_runtime.text import normalise_spoken
-
-
-@dataclass(eq=False)  # one is itself only: two calls' turns may hold equal values
-class Segment:
-    """One stretch of caller speech. The gate appends samples; the encode job takes them and writes `ctc`, `text`."""
-
-    start_sample: int
-    last_voiced_sample: int
-    onset_sample: int  # first voiced sample, behind the pre-roll
-    is_overlap: bool  # began while the agent was speaking
-    pcm: deque[NDArray[np.int16]] = field(default_factory=deque)  # not yet turned into features
-    num_samples: int = 0
-    num_frames_encoded: int = 0  # fbank frames
-    is_closed: bool = False  # no sample follows
-    is_final: bool = False  # all of it is encoded
-    is_discarded: bool = False  # a backchannel, noise, echo: forget it
-    ctc: GreedyCtc | CaptionSearch = field(default_factory=GreedyCtc)
-    text: str = ""
-    # Owned by the encode job; opaque here.
-    fbank: Any = None
-    encoder_state: Any = None
-    pending_features: Any = None
-    projector_state: Any = None
-    audio: list[AudioVector] = field(default_factory=list)  # what the LLM reads of it, behind a trained projector
-    settled_voice: Any = None  # full_context.SettledVoice
-    settled: Any = None  # full_context.SettledText, of an encoder that runs again over the whole segment
-
-    def append(self, pcm: NDArray[np.int16]) -> None:
-        self.pcm.append(pcm)
-        self.num_samples += len(pcm)
-
-    def take_pcm(self) -> NDArray[np.int16]:
-        """Everything not yet taken, as one array."""
-        pcm = np.concatenate(self.pcm) if self.pcm else np.zeros(0, np.int16)
-        self.pcm.clear()
-        return pcm
-
-    def num_frames_waiting(self) -> int:
-        """Fbank frames that could be encoded now."""
-        return features.num_frames(self.num_samples) - self.num_frames_encoded
-
-    @property
-    def is_spent(self) -> bool:
-        """Closed, and every frame of it was encoded: there is no chunk left to run."""
-        return self.is_closed and self.num_frames_waiting() <= 0
-
-
-@dataclass(frozen=True)
-class Moment:
-    """One due prediction: what the gate knew then, and how many encoder chunks of the call were complete."""
-
-    sample: int
-    is_voiced: bool
-    silence_samples: int
-    voiced_samples: int
-    is_agent_speaking: bool
-    has_segment: bool
-    num_chunks: int
 
 
 @dataclass(eq=False)
@@ -102,6 +43,8 @@ class Ear:
     overlap_audio: list[AudioVector] = field(default_factory=list)
     is_typed: bool = False  # the open user turn came by keypad or test: its words stand for it
     open_segment: Segment | None = None
+    own_level: VoicedLevel = field(default_factory=VoicedLevel)  # of the caller's turns
+    overlap_level: VoicedLevel = field(default_factory=VoicedLevel)  # of closed segments that may become one
     num_dropped_samples: int = 0
     num_chunks_encoded: int = 0  # of the call; counted by the encode job
     _num_chunks_closed: int = 0  # of closed segments
@@ -137,6 +80,7 @@ class Ear:
         self._drop_surplus(segment)
         if voiced:
             segment.last_voiced_sample = self.clock
+            segment.level.hear(pcm)
         elif self.clock - segment.last_voiced_sample >= input_samples(self.config.hangover_ms):
             self.close_segment()
 
@@ -157,6 +101,9 @@ class Ear:
             self.open_segment.is_closed = True
             frames = features.num_frames(self.open_segment.num_samples)
             self._num_chunks_closed += -(-frames // self.chunk_fbank_frames)
+            if not self.open_segment.is_discarded:
+                own = self.overlap_level if self.open_segment.is_overlap else self.own_level
+                own.remember(self.open_segment.level)
             self.open_segment = None
             self._heard_until = self.clock
 
@@ -246,6 +193,7 @@ class Ear:
             is_agent_speaking=is_agent_speaking,
             has_segment=segment is not None and segment.is_overlap == is_agent_speaking,
             num_chunks=self._num_chunks_closed + num_open,
+            loudness_db=segment.level.beside(self.own_level) if segment else None,
         )
 
     def view(self, moment: Moment, slot_digits: int) -> TurnView:
@@ -260,6 +208,7 @@ class Ear:
             is_agent_speaking=moment.is_agent_speaking,
             has_segment=moment.has_segment,
             slot_digits=slot_digits,
+            loudness_db=moment.loudness_db,
         )
 
     # ------------------------------------------------------------- turn changes
@@ -293,7 +242,7 @@ class Ear:
             if segment.is_overlap == overlap:
                 segment.is_discarded = True
         if overlap:
-            self.overlap_text, self.overlap_audio = [], []
+            self.overlap_text, self.overlap_audio, self.overlap_level = [], [], VoicedLevel()
         else:
             self.user_text, self.user_audio, self.is_typed = [], [], False
 
@@ -302,5 +251,7 @@ class Ear:
         self.user_text = [*self.overlap_text, *self.user_text]
         self.user_audio = [*self.overlap_audio, *self.user_audio]
         self.overlap_text, self.overlap_audio = [], []
+        self.own_level.remember(self.overlap_level)
+        self.overlap_level = VoicedLevel()
         for segment in self.segments:
             segment.is_overlap = False

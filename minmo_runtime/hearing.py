@@ -16,11 +16,11 @@ from torch import Tensor
 from minmo_runtime import features
 from minmo_runtime.conversation import AudioVector
 from minmo_runtime.ctc import align_prefix, heard_words
-from minmo_runtime.ear import Segment
 from minmo_runtime.full_context import MAX_SEGMENT_S, Heard, SettledText, SettledVoice, hear, joined, query_rows
 from minmo_runtime.model.encoder import EncoderState
 from minmo_runtime.model.projector import ProjectorState
 from minmo_runtime.rows import StreamFailure, check, each
+from minmo_runtime.segment import Segment
 from minmo_runtime.stream import Stream, Truncation
 from minmo_runtime.text import speak_digits
 from minmo_runtime.weights import Checkpoint

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from minmo_runtime.api import DuplexPrediction
 from minmo_runtime.duplex_steps import facts, last_pieces, pool
-from minmo_runtime.ear import Moment
 from minmo_runtime.model.duplex import CLASSES, StepInputs
 from minmo_runtime.rows import StreamFailure, each
+from minmo_runtime.segment import Moment
 from minmo_runtime.stream import Stream
 from minmo_runtime.weights import Checkpoint
 

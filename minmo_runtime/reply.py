@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minmo_runtime.conversation import AudioVector, Message
-from minmo_runtime.ear import Segment
+from minmo_runtime.segment import Segment
 
 
 class ReplyPhase(Enum):

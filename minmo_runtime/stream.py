@@ -38,10 +38,11 @@ from minmo_runtime.api import (
 from minmo_runtime.config import RuntimeConfig
 from minmo_runtime.conversation import Conversation, Message
 from minmo_runtime.drafting import Drafting
-from minmo_runtime.ear import Ear, Moment
+from minmo_runtime.ear import Ear
 from minmo_runtime.listening import Listening, heard_so_far
 from minmo_runtime.rates import Rates, input_samples
 from minmo_runtime.reply import Reply, ReplyPhase
+from minmo_runtime.segment import Moment
 from minmo_runtime.text import TextTokenizer, normalise_spoken
 
 MAX_CACHED_SENTENCES = 64  # of all calls together; about 3 s of 24 kHz audio each, 10 MB in all

@@ -20,99 +20,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from minmo_runtime.caption_search import CaptionReader
-from minmo_runtime.config import RuntimeConfig
 from minmo_runtime.duplex_steps import FACT_NAMES, NUM_FACTS
 from minmo_runtime.model.duplex import DuplexDims, DuplexPredictor, StepInputs
-from minmo_runtime.training.duplex_inputs import IGNORED, steps_of
-from minmo_runtime.training.duplex_scenes import LABEL, Mark, SceneWriter
+from minmo_runtime.training.duplex_data import Scenes, encoder_hash, make_data
+from minmo_runtime.training.duplex_inputs import IGNORED
+from minmo_runtime.training.duplex_scenes import LABEL
 from minmo_runtime.training.duplex_score import Judged, bridge_chances, score, shifted
-from minmo_runtime.training.freeze import only_trainable, part_hash
+from minmo_runtime.training.freeze import only_trainable
 from minmo_runtime.training.loop import LoopSettings, StepLoop
-from minmo_runtime.training.ngram import NGRAM_FILE
 from minmo_runtime.training.resume import load_tensors, save_tensors
-from minmo_runtime.training.spoken import Mouth, Ragged, load_arrays, save_arrays
 from minmo_runtime.training.stage import StageConfig, part_file
 from minmo_runtime.training.tokenizer import load_encoder
 
 PART = "duplex"
-_SCENES_AT_ONCE = 32
-_MARK_KINDS = (
-    "pause_digits", "pause_number", "pause_opener", "pause_words", "end", "waits", "backchannel", "interrupt", "noise",
-)  # fmt: skip
 _ODDS = np.exp(np.linspace(-4.0, 4.0, 33))
 DELAY_WEIGHT = 0.2  # a second of silence at p90 weighs as twenty points of pauses taken
 MAX_UNANSWERED = 0.0  # on the scenes that choose the point; the gate allows 1 % on the others
-
-
-def make_data(path: Path, work_dir: Path, dims: DuplexDims, seed: int, split: str, count: int) -> None:
-    """`count` scenes as ragged steps in one npz, with their marks."""
-    encoder = load_encoder(work_dir)
-    tokenizer = Tokenizer.from_file(str(work_dir / "ship" / "ctc_tokenizer.json"))
-    captions = CaptionReader.from_table({"ngram": NGRAM_FILE}, work_dir / "ship")
-    mouth, rng = Mouth(work_dir), np.random.default_rng([seed, split == "held"])
-    rows: dict[str, list[np.ndarray]] = {}
-    answered: list[bool] = []
-    marks: list[tuple[int, int, int, int]] = []
-    for first in range(0, count, _SCENES_AT_ONCE):
-        scenes = [SceneWriter(mouth, rng, split).write() for _ in range(min(_SCENES_AT_ONCE, count - first))]
-        found = steps_of(scenes, encoder, tokenizer, captions, dims, RuntimeConfig())
-        for scene, steps in zip(scenes, found, strict=True):
-            marks += [(len(answered), _MARK_KINDS.index(m.kind), m.start, m.end) for m in scene.marks]
-            answered.append(any(name == "take_turn" for _, name in scene.commands))
-            for name, values in vars(steps).items():
-                rows.setdefault(name, []).append(values)
-        if first // _SCENES_AT_ONCE % 10 == 0:
-            print(f"4: {split} scenes {first + len(scenes)} of {count}", flush=True)
-    arrays = {
-        "answered": np.array(answered),
-        "marks": np.array(marks),
-        "encoder_hash": np.array(encoder_hash(work_dir)),
-    }
-    for name, values in rows.items():
-        Ragged.of(values).save_into(arrays, name)
-    save_arrays(path, arrays)
-
-
-def encoder_hash(work_dir: Path) -> str:
-    return part_hash(part_file(work_dir, "encoder"))
-
-
-class Scenes:
-    """One npz of `make_data`."""
-
-    def __init__(self, path: Path) -> None:
-        arrays = load_arrays(path)
-        names = ("vectors", "facts", "pieces", "speaks", "labels", "samples")
-        self.rows = {name: Ragged.load_from(arrays, name) for name in names}
-        self.answered, self.marks = arrays["answered"], arrays["marks"]
-        self.encoder_hash = str(arrays["encoder_hash"])
-
-    def __len__(self) -> int:
-        return len(self.answered)
-
-    def batch(self, chosen: np.ndarray) -> tuple[StepInputs, Tensor]:
-        """Steps [B, T, ...] and labels [B, T] (IGNORED where padded)."""
-
-        def padded(name: str, kind: type, padding: int = 0) -> Tensor:
-            found = [torch.from_numpy(self.rows[name][int(i)].astype(kind)) for i in chosen]
-            return nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=padding)
-
-        steps = StepInputs(
-            padded("vectors", np.float32), padded("speaks", bool), padded("facts", np.float32),
-            padded("pieces", np.int64),
-        )  # fmt: skip
-        return steps, padded("labels", np.int64, IGNORED)
-
-    def judged(self, index: int, chances: np.ndarray) -> Judged:
-        marks = [
-            Mark(_MARK_KINDS[kind], start, end) for scene, kind, start, end in self.marks.tolist() if scene == index
-        ]
-        facts, speaks, samples = (self.rows[name][index] for name in ("facts", "speaks", "samples"))
-        return Judged(chances, facts, speaks, samples, marks, bool(self.answered[index]))
 
 
 @torch.no_grad()
@@ -195,7 +120,11 @@ def predictor_before(stage: StageConfig, work_dir: Path, dims: DuplexDims) -> Du
     if not path.exists():
         return None
     teacher = DuplexPredictor(dims)
-    teacher.load_state_dict({name: tensor.float() for name, tensor in load_tensors(path)[0].items()})
+    tensors = {name: tensor.float() for name, tensor in load_tensors(path)[0].items()}
+    if dims.num_facts:  # it makes nothing of facts that were added since
+        known = tensors["linear_facts.weight"]
+        tensors["linear_facts.weight"] = nn.functional.pad(known, (0, dims.num_facts - known.shape[1]))
+    teacher.load_state_dict(tensors)
     return teacher.eval()
 
 
@@ -227,7 +156,8 @@ def prepare(stage: StageConfig, work_dir: Path, dims: DuplexDims) -> tuple[Scene
     for split, count in (("train", stage.settings["num_scenes"]), ("held", stage.settings["num_held_scenes"])):
         path = folder / f"{split}.npz"
         if not path.exists() or Scenes(path).encoder_hash != encoder_hash(work_dir):
-            make_data(path, work_dir, dims, stage.seed, split, count)
+            speech_dir = stage.settings.get("speech_dir")
+            make_data(path, work_dir, dims, stage.seed, split, count, Path(speech_dir) if speech_dir else None)
         found.append(Scenes(path))
     return found[0], found[1]
 

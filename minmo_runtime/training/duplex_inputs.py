@@ -20,17 +20,17 @@ from minmo_runtime.api import PushAudio
 from minmo_runtime.caption_search import CaptionReader
 from minmo_runtime.config import RuntimeConfig
 from minmo_runtime.duplex_steps import facts, last_pieces, pool
-from minmo_runtime.ear import Ear, Moment, Segment
+from minmo_runtime.ear import Ear
 from minmo_runtime.hearing import to_waveform
 from minmo_runtime.model.duplex import CLASSES, WHILE_SILENT, WHILE_SPEAKING, DuplexDims
 from minmo_runtime.model.encoder import VoiceEncoder
 from minmo_runtime.rates import input_samples
-from minmo_runtime.training.duplex_scenes import Scene
-from minmo_runtime.training.voicing import PACKET_MS, voiced_packets
+from minmo_runtime.segment import Moment, Segment
+from minmo_runtime.training.duplex_scenes import PACKET, Scene
+from minmo_runtime.training.voicing import voiced_packets
 
 IGNORED = -1
 _SEGMENTS_PER_BATCH = 24
-PACKET = input_samples(PACKET_MS)
 
 
 @dataclass
@@ -139,7 +139,7 @@ class StepWriter:
     numbers: dict[Segment, int] = field(default_factory=dict)  # which encoded segment is whose
 
     def write(self) -> Steps:
-        ear = Ear("scene", self.config, 4 * self.chunk_frames)
+        ear = Ear("scene", self.config, 4 * self.chunk_frames, own_level=self.scene.level_before())
         waiting: list[Moment] = []
         leaving: list[Segment] | None = None  # segments of a turn that was taken: its words go when they are heard
         step = input_samples(self.dims.step_ms)

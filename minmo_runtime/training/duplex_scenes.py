@@ -9,42 +9,25 @@ a person's voice may or may not stay up.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.signal import lfilter
 
+from minmo_runtime.loudness import VoicedLevel
 from minmo_runtime.model.duplex import CLASSES
+from minmo_runtime.rates import input_samples
 from minmo_runtime.text import DIGIT_WORDS
-from minmo_runtime.training import channel, corpus, sentences, synthesis
+from minmo_runtime.training import channel, corpus, overlaps, sentences, synthesis
+from minmo_runtime.training.data import HumanUtterances
 from minmo_runtime.training.spoken import RATE_HZ, Mouth
+from minmo_runtime.training.voicing import PACKET_MS, voiced_packets
+
+PACKET = input_samples(PACKET_MS)
 
 LABEL = {name: index for index, name in enumerate(CLASSES)}
-# The commonest of all backchannels. espeak-ng spells "mm hm" and "mhm" letter by letter, so they are given as phonemes.
-HUMS = {
-    "train": ("[[m-h'm-]]", "[[@mh'@m]]", "[[m-m-]]", "[[m'h@m]]", "[[m-m'm-]]", "[[m-h'Vm]]"),
-    "held": ("[[m-h'@m]]", "[[h'm-]]", "[[@m'hm-]]"),
-}
-_HUM_SHARE = 0.3
 _AGENT_ONLY_S = 6.0  # after which no further overlap begins
-BACKCHANNELS = {
-    "train": (
-        "uh huh", "right", "yes", "yeah", "i see", "sure", "got it", "oh", "good", "ah okay", "hm", "oh yes", "aha",
-        "great", "oh really", "yes yes", "okay yes", "ah i see", "hmm", "yep", "okay good", "ok", "perfect", "exactly",
-        "nice", "that's good", "oh good", "of course", "i understand", "oh okay", "right right", "uh huh yes",
-        "okay thanks", "very good", "ah yes", "wow", "true", "oh right", "sure sure", "mm", "ah good", "i got it",
-    ),
-    "held": ("okay", "alright", "yeah okay", "oh i see", "fine", "mmm", "uh huh okay"),
-}  # fmt: skip
-STOPS = {
-    "train": (
-        "stop", "wait", "no", "hold on", "excuse me", "sorry", "no no", "wait a second", "hello", "one question",
-        "can i say something", "listen", "that's wrong", "not that", "but i want something else", "stop please",
-        "no thank you", "one moment", "wait please", "sorry one thing", "excuse me please", "i don't want that", "but",
-    ),
-    "held": ("no wait", "hang on", "sorry no", "hey", "no stop", "actually"),
-}  # fmt: skip
 _OPENERS = ("hello", "hi", "yes hello", "um", "well", "okay", "good morning", "hello there", "yes", "so", "uh hi")
 _LOOSE = frozenset("uh um er well so hello hi yes okay morning there please and then no hm".split())
 _DIGITS = frozenset((*DIGIT_WORDS, "oh", "double", "triple"))
@@ -69,13 +52,29 @@ class Mark:
 @dataclass
 class Scene:
     """`pieces` are (first sample behind it, label, whether the agent speaks); `commands` (sample, name) are what the
-    agent told the runtime: take_turn, adopt, discard."""
+    agent told the runtime: take_turn, adopt, discard. `heard_before`: an earlier turn of this caller, if there was one.
+    """
 
     waveform: np.ndarray
     pieces: list[tuple[int, int, bool]]
     commands: list[tuple[int, str]]
     marks: list[Mark]
     slot_digits: int
+    heard_before: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+
+    def level_before(self) -> VoicedLevel:
+        """How loud the caller is known to be when the scene begins."""
+        level = VoicedLevel()
+        pcm = (self.heard_before * 32767).round().clip(-32768, 32767).astype("<i2")
+        for index, is_voiced in enumerate(voiced_packets(pcm)):
+            if is_voiced:
+                level.hear(pcm[index * PACKET : (index + 1) * PACKET])
+        return level
+
+    def without_sound(self) -> Scene:
+        """What is judged of it."""
+        nothing = np.zeros(0, np.float32)
+        return dataclasses.replace(self, waveform=nothing, heard_before=nothing)
 
 
 @dataclass
@@ -85,6 +84,7 @@ class SceneWriter:
     mouth: Mouth
     rng: np.random.Generator
     split: str
+    people: HumanUtterances | None = None  # recordings of people, beside the mouth
     parts: list[np.ndarray] = field(default_factory=list)
     pieces: list[tuple[int, int, bool]] = field(default_factory=list)
     commands: list[tuple[int, str]] = field(default_factory=list)
@@ -111,9 +111,17 @@ class SceneWriter:
         else:
             self.silence(self.rng.uniform(0.0, 0.4), "idle")
             self.caller_phase(2.4)
-        wave = channel.degrade(np.concatenate(self.parts), self.rng, bool(self.rng.random() < 0.7))
+        before = self._heard_before() if kind in ("agent_only", "agent_first") else np.zeros(0, np.float32)
+        wave = channel.degrade(np.concatenate([before, *self.parts]), self.rng, bool(self.rng.random() < 0.7))
+        before, wave = wave[: len(before)], wave[len(before) :]
         slot_digits = corpus.NUM_DIGITS if self.rng.random() < 0.85 else 0
-        return Scene(wave, self.pieces, self.commands, self.marks, slot_digits)
+        return Scene(wave, self.pieces, self.commands, self.marks, slot_digits, before)
+
+    def _heard_before(self) -> np.ndarray:
+        """An earlier turn of this caller, somewhat louder or quieter; nothing while the agent greets."""
+        if self.rng.random() < 0.3:
+            return np.zeros(0, np.float32)
+        return self.say(" ".join(self._words(False))) * np.float32(10 ** (self.rng.uniform(-3, 3) / 20))
 
     # ------------------------------------------------------------------ pieces
 
@@ -127,7 +135,9 @@ class SceneWriter:
         """Sometimes with a cough or a click in it: that changes nothing about the turn."""
         wave = np.zeros(int(seconds * RATE_HZ), np.float32)
         if seconds > 0.5 and self.rng.random() < 0.1:
-            burst = cough(self.rng) if self.rng.random() < 0.6 else cough(self.rng)[: int(0.05 * RATE_HZ)]
+            burst = overlaps.cough(self.rng)
+            if self.rng.random() < 0.4:
+                burst = burst[: int(0.05 * RATE_HZ)]
             start = int(self.rng.integers(0, max(1, len(wave) - len(burst))))
             burst = burst[: len(wave) - start]
             wave[start : start + len(burst)] += burst
@@ -188,17 +198,16 @@ class SceneWriter:
 
     def agent_phase(self) -> bool:
         """True if the caller took the floor (and finished the turn)."""
-        kind = str(self.rng.choice(["nothing", "noise", "backchannel", "interrupt"], p=[0.1, 0.2, 0.35, 0.35]))
+        kind = str(self.rng.choice(["nothing", "noise", "backchannel", "interrupt"], p=[0.07, 0.28, 0.33, 0.32]))
         self.silence(self.rng.uniform(0.5, 1.6), "idle", True)
         begin = self.at
         if kind == "interrupt":
             self._interrupt()
             return True
         if kind == "backchannel":
-            kinds = HUMS if self.rng.random() < _HUM_SHARE else BACKCHANNELS
-            self.add(self.say(self.random.choice(kinds[self.split])), "backchannel", True)
+            self.add(self.say(overlaps.backchannel(self.random, self.split)), "backchannel", True)
         elif kind == "noise":
-            self.add(self._noise(), "idle", True)
+            self.add(overlaps.noise(self.mouth, self.people, self.rng, self.split), "idle", True)
         if kind != "nothing":
             self.marks.append(Mark(kind, begin, self.at))
             self.commands.append((self.at + int(self.rng.uniform(0.3, 0.8) * RATE_HZ), "discard"))
@@ -208,12 +217,13 @@ class SceneWriter:
     def _interrupt(self) -> None:
         rng = self.random
         if rng.random() < 0.4:
-            text = rng.choice(STOPS[self.split])
+            text = rng.choice(overlaps.STOPS[self.split])
             if rng.random() < 0.6:
                 text = f"{text} {' '.join(self._words(False))}"
         else:
             text = " ".join(self._words(False))
-        wave, begin = self.say(text), self.at
+        said = overlaps.person(self.people, self.rng)
+        wave, begin = self.say(text) if said is None else said, self.at
         # The agent falls silent here, often only after a short "stop" has ended: service holds first and decides later.
         # Held-out scenes leave the time in which a late decision is still counted.
         stop = int((self.rng.uniform(0.35, 1.5) if self.split == "train" else 1.2) * RATE_HZ)
@@ -227,23 +237,6 @@ class SceneWriter:
             self.commands.append((self.at, "adopt"))
         self._end("user_done", self.rng.uniform(1.0, 2.4) if self.split == "train" else 2.4, False)
 
-    def _noise(self) -> np.ndarray:
-        """A cough, other people's talk further away, or a rest of our own voice."""
-        draw = self.rng.random()
-        if draw < 0.4:
-            return cough(self.rng)
-        if draw < 0.65:
-            text = sentences.caller_utterance(self.random, self.split)
-            other = synthesis.random_caller_voice(self.rng, self.split == "held")
-            return self.mouth.waveform(text, other, synthesis.random_caller_prosody(self.rng)) * 10 ** (
-                -self.rng.uniform(12, 24) / 20
-            )
-        text = sentences.agent_utterance(self.random, "train")
-        own = self.mouth.waveform(text, synthesis.AGENT_VOICE, synthesis.agent_voice_prosody())
-        length = int(self.rng.uniform(0.15, 0.9) * RATE_HZ)
-        start = int(self.rng.integers(0, max(1, len(own) - length)))
-        return own[start : start + length] * 10 ** (-self.rng.uniform(10, 26) / 20)
-
 
 _PAUSE_WEIGHTS = {"pause_digits": 2.5, "pause_number": 4.0, "pause_opener": 4.0, "pause_words": 1.0}
 
@@ -254,15 +247,3 @@ def pause_kind(words: list[str], index: int) -> str:
     if after in _DIGITS:
         return "pause_digits" if before in _DIGITS else "pause_number"
     return "pause_opener" if before in _LOOSE else "pause_words"
-
-
-def cough(rng: np.random.Generator) -> np.ndarray:
-    """One to three bursts of coloured noise that die away."""
-    bursts = []
-    for _ in range(int(rng.integers(1, 4))):
-        length = int(rng.uniform(0.08, 0.3) * RATE_HZ)
-        noise = lfilter([1.0, 0.4], [1.0, -rng.uniform(0.3, 0.9)], rng.standard_normal(length))
-        noise *= np.exp(-np.arange(length) / (rng.uniform(0.03, 0.1) * RATE_HZ))
-        gap = np.zeros(int(rng.uniform(0.03, 0.2) * RATE_HZ))
-        bursts += [noise / max(1e-6, np.abs(noise).max()) * rng.uniform(0.1, 0.5), gap]
-    return np.concatenate(bursts).astype(np.float32)
