@@ -51,6 +51,8 @@ FACT_NAMES = (
     "loudness",
 )
 NUM_FACTS = len(FACT_NAMES)
+# New facts come behind the others: a predictor trained before the loudness was known reads the first of them.
+SERVED_NUM_FACTS = (32, NUM_FACTS)
 
 
 def facts(view: TurnView) -> list[float]:

@@ -65,7 +65,7 @@ class Predictor:
         return StepInputs(
             self._on_device(vector)[None],
             torch.tensor([moment.is_agent_speaking], device=self.device),
-            self._on_device(torch.tensor([facts(view)])) if dims.num_facts else None,
+            self._on_device(torch.tensor([facts(view)[: dims.num_facts]])) if dims.num_facts else None,
             torch.tensor([pieces], device=self.device) if dims.piece_window else None,
         )
 

@@ -33,7 +33,7 @@ from minmo_runtime.checkpoint_contents import (
     parts,
     read_contents,
 )
-from minmo_runtime.duplex_steps import NUM_FACTS
+from minmo_runtime.duplex_steps import NUM_FACTS, SERVED_NUM_FACTS
 from minmo_runtime.model.backbone import Backbone
 from minmo_runtime.model.duplex import DuplexPredictor
 from minmo_runtime.model.encoder import VoiceEncoder
@@ -267,8 +267,9 @@ def _connector_sizes(modules: Modules) -> list[tuple[str, int, str, int, str]]:
             )
         width = encoder.output_size if own.input == "encoder" else 2 * llm.hidden_size
         pairs.append(("duplex.input_size", own.input_size, "pooled input", 2 * width, "equal"))
+        num_facts = own.num_facts if own.num_facts in SERVED_NUM_FACTS else NUM_FACTS
         for name, size, other, wanted in (
-            ("num_facts", own.num_facts, "runtime's turn facts", NUM_FACTS),
+            ("num_facts", own.num_facts, "runtime's turn facts", num_facts),
             ("num_pieces", own.num_pieces, "encoder's vocabulary", encoder.vocab_size),
         ):
             if size:
