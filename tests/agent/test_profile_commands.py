@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from agent.__main__ import app, with_profile
+from agent.__main__ import app
+from agent.commands.common import with_profile
 from agent.checkpoint import checkpoint_facts, checkpoint_folder
 from agent.config import Config, build_config
 from agent.doctor import State, examine
