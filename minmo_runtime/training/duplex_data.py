@@ -33,12 +33,14 @@ from minmo_runtime.training.stage import part_file
 _SCENES_AT_ONCE = 32
 _MARK_KINDS = (
     "pause_digits", "pause_number", "pause_opener", "pause_words", "end", "waits", "backchannel", "interrupt", "noise",
+    "person",
 )  # fmt: skip
 
 
 @dataclass
 class SceneMaker:
-    """Blocks of scenes as steps, each from its own seed: the same in whatever process and order."""
+    """Blocks of scenes as steps, each from its own seed. Not the same to the sample: espeak-ng carries something over
+    from one sentence to the next, and the blocks are made in several processes."""
 
     work_dir: Path
     dims: DuplexDims

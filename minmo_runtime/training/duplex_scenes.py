@@ -41,8 +41,8 @@ _INTENT_WEIGHTS = {
 @dataclass(frozen=True)
 class Mark:
     """Something that is judged. `kind`: pause_digits, pause_number (before one), pause_opener (behind "well" or
-    "hello"), pause_words, end, waits, backchannel, interrupt, noise. Samples of the scene; of an end or a wait, `end`
-    is where its silence ends."""
+    "hello"), pause_words, end, waits, backchannel, interrupt, person (one more interruption: a recording of a person),
+    noise. Samples of the scene; of an end or a wait, `end` is where its silence ends."""
 
     kind: str
     start: int
@@ -228,7 +228,7 @@ class SceneWriter:
         # Held-out scenes leave the time in which a late decision is still counted.
         stop = int((self.rng.uniform(0.35, 1.5) if self.split == "train" else 1.2) * RATE_HZ)
         self.add(wave[:stop], "interrupt", True)
-        self.marks.append(Mark("interrupt", begin, begin + len(wave)))
+        self.marks.append(Mark("interrupt" if said is None else "person", begin, begin + len(wave)))
         if len(wave) > stop:
             self.commands.append((self.at, "adopt"))
             self.add(wave[stop:], "user_continues")

@@ -126,7 +126,7 @@ def score(scenes: list[Judged], rules: FloorRules = FloorRules()) -> dict[str, f
     pauses: dict[str, list[tuple[bool, bool]]] = {}
     delays: list[float] = []
     waits: list[bool] = []
-    stops: dict[str, list[float]] = {"interrupt": [], "backchannel": [], "noise": []}
+    stops: dict[str, list[float]] = {"interrupt": [], "person": [], "backchannel": [], "noise": []}
     for scene in scenes:
         predicted, waited = floor_taken(scene, rules)
         for mark in scene.marks:
@@ -143,6 +143,7 @@ def score(scenes: list[Judged], rules: FloorRules = FloorRules()) -> dict[str, f
                 first = np.flatnonzero((predicted | waited) & inside)
                 late = scene.samples[first[0]] - mark.start if len(first) else np.inf
                 delays.append(float(late) / MS / 1000)
+    interrupts = stops["interrupt"] + stops["person"]
     every = [pair for found in pauses.values() for pair in found]
     scores = {
         "takeover": _mean([any_ for _, any_ in every]),
@@ -154,9 +155,12 @@ def score(scenes: list[Judged], rules: FloorRules = FloorRules()) -> dict[str, f
         "n_ends": float(len(delays)),
         "takeover_waits": _mean(waits),
         "n_waits": float(len(waits)),
-        "interrupts_640ms": _mean([late <= 0.64 for late in stops["interrupt"]]),
-        "interrupts_1s": _mean([late <= 1.0 for late in stops["interrupt"]]),
-        "n_interrupts": float(len(stops["interrupt"])),
+        "interrupts_640ms": _mean([late <= 0.64 for late in interrupts]),
+        "interrupts_1s": _mean([late <= 1.0 for late in interrupts]),
+        "n_interrupts": float(len(interrupts)),
+        "people_1s": _mean([late <= 1.0 for late in stops["person"]]),
+        "people_stop": _mean([np.isfinite(late) for late in stops["person"]]),
+        "n_people": float(len(stops["person"])),
         "backchannels_stopped": _mean([np.isfinite(late) for late in stops["backchannel"]]),
         "n_backchannels": float(len(stops["backchannel"])),
         "noises_stopped": _mean([np.isfinite(late) for late in stops["noise"]]),

@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from agent.__main__ import app
-from agent.commands.common import with_profile
 from agent.checkpoint import checkpoint_facts, checkpoint_folder
+from agent.commands.common import with_profile
 from agent.config import Config, build_config
 from agent.doctor import State, examine
 from agent.rendering import folder_for

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,13 @@ from minmo_runtime.bridges import TurnView
 from minmo_runtime.duplex_steps import FACT_NAMES, NUM_FACTS, facts, last_pieces, pool
 from minmo_runtime.model.duplex import DuplexDims, DuplexPredictor, StepInputs
 from minmo_runtime.random_checkpoint import letter_tokenizer
-from minmo_runtime.training.duplex import hide_pieces, operating_point, set_operating_point
+from minmo_runtime.training import overlaps
+from minmo_runtime.training.data import Utterance
+from minmo_runtime.training.duplex import hide_pieces, operating_point, predictor_before, set_operating_point
 from minmo_runtime.training.duplex_scenes import LABEL, Mark, pause_kind
 from minmo_runtime.training.duplex_score import FloorRules, Judged, bridge_chances, score, shifted
+from minmo_runtime.training.resume import save_tensors
+from minmo_runtime.training.stage import load_stage
 from minmo_runtime.training.voicing import voiced_packets
 from telephony.config import TelephonyConfig
 from telephony.voice_activity import VoiceActivity
@@ -165,6 +170,58 @@ def test_the_operating_point_is_as_careful_as_the_bridges_delay_allows() -> None
 
 def done_of(judged: Judged) -> np.ndarray:
     return judged.chances
+
+
+def test_a_predictor_from_before_a_fact_was_known_makes_nothing_of_it(tmp_path: Path) -> None:
+    stage = load_stage("4")
+    older = DuplexPredictor(DuplexDims(6, hidden_size=16, num_heads=2, ffn_size=16, num_facts=3)).eval()
+    before = stage.folder(tmp_path) / "before"
+    before.mkdir(parents=True)
+    save_tensors(before / "duplex.safetensors", older.state_dict(), {})
+    wider = predictor_before(stage, tmp_path, DuplexDims(6, hidden_size=16, num_heads=2, ffn_size=16, num_facts=5))
+    vectors, speaks, facts_now = torch.randn(1, 9, 6), torch.ones(1, 9, dtype=torch.bool), torch.randn(1, 9, 5)
+    assert wider is not None
+    with torch.no_grad():
+        expected = older(StepInputs(vectors, speaks, facts_now[..., :3]))
+        torch.testing.assert_close(wider(StepInputs(vectors, speaks, facts_now)), expected)
+
+
+def test_an_interruption_by_a_person_is_counted_with_the_others_and_apart() -> None:
+    silence, speaks = np.concatenate([np.zeros(12), np.arange(1, 9) * 0.08]), np.ones(20, bool)
+    strong = np.full(20, 0.9, np.float32)
+    scenes = [
+        scene(np.zeros(20), [Mark("person", 0, 12 * STEP)], silence, speaks=speaks, interrupt=strong),
+        scene(np.zeros(20), [Mark("interrupt", 0, 12 * STEP)], silence, speaks=speaks, interrupt=0.0 * strong),
+    ]
+    found = score(scenes)
+    assert found["n_interrupts"] == 2 and found["interrupts_1s"] == 0.5
+    assert found["n_people"] == 1 and found["people_1s"] == found["people_stop"] == 1
+
+
+# --------------------------------------------------------------- over the agent
+
+
+class Recordings:
+    """One person, very loud."""
+
+    def draw(self, rng: np.random.Generator, digit_share: float) -> Utterance:
+        return Utterance(np.full(1600, 0.9, np.float32), "words", None, (0, -1, 0), True)
+
+
+def test_a_person_is_as_loud_as_the_mouth_and_comes_now_and_then() -> None:
+    rng = np.random.default_rng(0)
+    found = [overlaps.person(Recordings(), rng) for _ in range(200)]
+    waves = [wave for wave in found if wave is not None]
+    assert 40 < len(waves) < 80 and overlaps.person(None, rng) is None
+    assert np.sqrt(np.mean(waves[0] ** 2)) == pytest.approx(0.1, rel=0.01)
+
+
+def test_what_is_judged_was_never_trained_on() -> None:
+    for phrases in (overlaps.HUMS, overlaps.BACKCHANNELS, overlaps.STOPS):
+        assert not set(phrases["train"]) & set(phrases["held"])
+    rng = random.Random(0)
+    trained, held = ({overlaps.backchannel(rng, split) for _ in range(3000)} for split in ("train", "held"))
+    assert not trained & held and len(held) == 10
 
 
 def test_hidden_pieces_leave_everything_else() -> None:
