@@ -27,7 +27,8 @@ from minmo_runtime.model.backbone import Backbone
 from minmo_runtime.model.dims import BackboneDims, EncoderDims
 from minmo_runtime.model.duplex import DuplexDims, DuplexPredictor
 from minmo_runtime.model.encoder import VoiceEncoder
-from minmo_runtime.model.flow import Flow, FlowDims
+from minmo_runtime.model.flow import Flow
+from minmo_runtime.model.flow_dims import FlowDims
 from minmo_runtime.model.output_projector import OutputProjector, OutputProjectorDims
 from minmo_runtime.model.projector import InputProjector, ProjectorDims
 from minmo_runtime.model.vocoder import build_vocoder

@@ -16,7 +16,7 @@ import torch
 from minmo_runtime.checkpoint_contents import module_of, parts
 from minmo_runtime.config import RuntimeConfig
 from minmo_runtime.model.dims import BackboneDims
-from minmo_runtime.model.flow import FlowDims
+from minmo_runtime.model.flow_dims import FlowDims
 from minmo_runtime.model.voice_lm import VoiceLmDims
 
 _BYTES = {"float32": 4, "bfloat16": 2}

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from minmo_runtime.model.flow import Flow, FlowState
+from minmo_runtime.model.flow import Flow
 from minmo_runtime.model.flow_cache import FlowCache, SlotCopy
+from minmo_runtime.model.flow_state import FlowState
 
 
 class FlowPrompt:

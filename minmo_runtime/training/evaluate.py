@@ -14,7 +14,8 @@ import torch
 from tokenizers import Tokenizer
 
 from minmo_runtime.model.encoder import collapse
-from minmo_runtime.model.flow import Flow, FlowDims
+from minmo_runtime.model.flow import Flow
+from minmo_runtime.model.flow_dims import FlowDims
 from minmo_runtime.text import speak_digits
 from minmo_runtime.training.data import plain_words
 from minmo_runtime.training.encoder import word_error_rate

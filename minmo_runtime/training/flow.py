@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minmo_runtime.mel import MelSpectrogram
-from minmo_runtime.model.flow import Flow, FlowDims
+from minmo_runtime.model.flow import Flow
+from minmo_runtime.model.flow_dims import FlowDims
 from minmo_runtime.model.flow_encoder import padding_mask
 from minmo_runtime.model.flow_estimator import FlowEstimator
 from minmo_runtime.model.vocoder import Vocoder, build_vocoder, load_vocoder

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from minmo_runtime.model.fixed_shapes import FixedCalls
-from minmo_runtime.model.flow import Flow, FlowDims, FlowState
+from minmo_runtime.model.flow import Flow
 from minmo_runtime.model.flow_cache import FlowCache
+from minmo_runtime.model.flow_dims import FlowDims
 from minmo_runtime.model.flow_prompt import FlowPrompt
+from minmo_runtime.model.flow_state import FlowState
 
 FLOW = FlowDims.from_dict(
     {

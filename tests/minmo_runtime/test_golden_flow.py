@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from minmo_runtime.model.flow import Flow, FlowDims, _noise_table
+from minmo_runtime.model.flow import Flow, _noise_table
+from minmo_runtime.model.flow_dims import FlowDims
 from minmo_runtime.model.flow_encoder import chunk_mask
 from tests.minmo_runtime.golden import Case, Tensors, max_error, scenario, scenarios
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from minmo_runtime.model.flow import Flow, FlowDims, FlowState
+from minmo_runtime.model.flow import Flow
+from minmo_runtime.model.flow_dims import FlowDims
+from minmo_runtime.model.flow_state import FlowState
 from minmo_runtime.model.source_filter import (
     SourceFilterDims,
     SourceFilterState,

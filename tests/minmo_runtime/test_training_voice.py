@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minmo_runtime.model.flow import Flow, FlowDims
+from minmo_runtime.model.flow import Flow
+from minmo_runtime.model.flow_dims import FlowDims
 from minmo_runtime.training.flow import Batches, VoiceTokenSpeech, _start_from_scratch, matching_loss
 from minmo_runtime.training.stage import load_stage
 from minmo_runtime.training.vocoder import AgentSpeech, VocoderTrainer

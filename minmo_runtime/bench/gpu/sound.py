@@ -15,8 +15,9 @@ import torch
 
 from minmo_runtime.bench.gpu.decode import milliseconds
 from minmo_runtime.model.fixed_shapes import FixedCalls
-from minmo_runtime.model.flow import Flow, FlowState
+from minmo_runtime.model.flow import Flow
 from minmo_runtime.model.flow_cache import FlowCache
+from minmo_runtime.model.flow_state import FlowState
 from minmo_runtime.model.vocoder import Vocoder, push_rows
 
 WINDOW_S = 2.0
