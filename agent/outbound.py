@@ -40,6 +40,7 @@ class DialledLeg:
     before waits in the worker for the callee's answer. A call that no worker takes ends with cause `not_placed`."""
 
     direction = "outbound"
+    can_transfer = True  # placed by SIP
     is_resumed = False
 
     def __init__(self, leg_id: str, sample_rate_hz: int, place: Callable[[], Coroutine[Any, Any, WorkerLeg]]) -> None:

@@ -44,6 +44,7 @@ class TakenLeg(tel.Leg, Protocol):
     """A leg that a call can be made of: a worker's, or one that we dial (agent/outbound.py)."""
 
     direction: str
+    can_transfer: bool
     sample_rate_hz: int
 
     def set_tap(self, tap: Tap | None) -> None: ...
@@ -112,6 +113,7 @@ class Reception:
             trunk=incoming.trunk,
             is_number_withheld=incoming.is_withheld,
             is_number_asserted=bool(incoming.asserted_identity),
+            can_transfer=leg.can_transfer,
             headers={name: value for name, value in incoming.headers.items() if name.lower().startswith("x-")},
         )
         admission = self.policy.admit(facts, self.num_busy, self.config.runtime.max_streams)
@@ -213,7 +215,7 @@ class Reception:
             rendered=self.rendered,
             rendered_rate_hz=self.rendered_rate_hz,
         )
-        shop = Shop(self.store, facts.call_id, campaign.name, can_transfer=bool(handoff))
+        shop = Shop(self.store, facts.call_id, campaign.name, can_transfer=bool(handoff) and facts.can_transfer)
         return LiveCall(Call(setup), leg, self.engines, self.store, self.writer, shop, hand_off=self.hand_off)
 
     async def _run(self, live: LiveCall, first: Start | Resumed = START) -> None:
@@ -250,7 +252,7 @@ class Reception:
         facts = CallFacts(
             call_id=orphan.call_id, did=did, ani=ani, direction=row["direction"], started_at=row["started_at"],
             trunk=line["trunk"], is_number_withheld=line["is_withheld"], is_number_asserted=line["is_asserted"],
-            headers=line["headers"],
+            headers=line["headers"], can_transfer=leg.can_transfer,
         )  # fmt: skip
         live = self._live_call(leg, facts, campaign)
         self.calls[orphan.call_id] = live  # now: the orphans are closed a moment from here

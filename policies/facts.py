@@ -15,6 +15,7 @@ class CallFacts(msgspec.Struct, frozen=True, kw_only=True):
     trunk: str = ""  # by which carrier or PBX it came, "" = none that is configured
     is_number_withheld: bool = False
     is_number_asserted: bool = False  # `ani` is the P-Asserted-Identity of a trusted trunk (RFC 3325): no mere claim
+    can_transfer: bool = True  # false: its line cannot be given to anybody else
     headers: dict[str, str] = {}  # X-... of the INVITE: the caller's claim; a campaign reads those it names
     started_at: dt.datetime  # timezone-aware, the shell's clock
     caller_language: str = ""  # as recognised so far, BCP 47, "" = unknown

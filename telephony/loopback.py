@@ -52,6 +52,7 @@ class LoopbackLeg:
     outbound: we call, and the leg listens for who answers."""
 
     is_resumed = False
+    can_transfer = True
 
     def __init__(
         self, leg_id: str, did: str = "100", ani: str = "anonymous", display_name: str = "",

@@ -1,5 +1,5 @@
-"""What every media worker does between its calls and its agent, whatever carries the calls: SIP (worker.py) or WebRTC
-(webrtc/worker.py).
+"""What every media worker does between its calls and its agent, whatever carries the calls: SIP (worker.py), WebRTC
+(webrtc/worker.py) or AudioSocket (audiosocket/worker.py).
 
 Offers each call to the agent with rings of its own, carries out the agent's commands, refuses what cannot be done, and
 keeps calls whose agent is stalled or lost (agent_watch.py). Knows the calls only through `Endpoint` and `EndpointLeg`.
@@ -53,6 +53,7 @@ class EndpointLeg(Protocol):
 
     leg_id: str
     direction: str
+    can_transfer: bool
     state: LegState
     media: LegMedia
 
@@ -258,7 +259,7 @@ class MediaWorker:
         opened = LegOpened(
             leg_id=leg.leg_id, direction=leg.direction, sample_rate_hz=self.config.sample_rate_hz,
             to_agent_bytes=rings.to_agent_bytes, to_worker_bytes=rings.to_worker_bytes, is_resumed=is_resumed,
-            state=leg.state, played=leg.media.played() if is_resumed else {},
+            state=leg.state, played=leg.media.played() if is_resumed else {}, can_transfer=leg.can_transfer,
         )  # fmt: skip
         self._link.send(opened, (rings.fd, outlet.wake_fd))
         if is_resumed:

@@ -72,6 +72,7 @@ class LegOpened(_WireMessage, frozen=True):
     is_resumed: bool = False
     state: LegState = LegState.NULL
     played: dict[str, int] = {}
+    can_transfer: bool = True  # false: the line has nothing like REFER
 
 
 class CommandRefused(_WireMessage, frozen=True):
@@ -98,7 +99,7 @@ class SecurityEvent(_WireMessage, frozen=True):
 
     kind: unlisted_source | unlisted_invite | flood | rtp_source (forged RTP kept out) | third_party_bye (a BYE of no
     call) | malformed | wrong_auth (a registrar or a called host refuses our credentials) | not_served (REGISTER and
-    other methods that we have no use for).
+    other methods that we have no use for) | uuid_in_use (an AudioSocket for a call that has one).
     """
 
     kind: str

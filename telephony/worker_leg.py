@@ -57,6 +57,7 @@ class WorkerLeg:
         self.leg_id, self.direction = opened.leg_id, opened.direction
         self.sample_rate_hz, self.is_resumed = opened.sample_rate_hz, opened.is_resumed
         self.played_before = opened.played
+        self.can_transfer = opened.can_transfer
         self.state = opened.state
         self.dropped_frames = 0
         self._client = client

@@ -19,13 +19,14 @@ import pjsua2 as pj
 from telephony.answer_detection import AnswerDetector
 from telephony.config import CODECS, WIDEBAND_CODECS, TelephonyConfig, refusal
 from telephony.leg import LegDisconnected, LegEvent, LegIncoming, LegState, LegStateChanged
+from telephony.security_log import SecurityLog
 from telephony.sip import packet_filter
 from telephony.sip.accounts import Account, TrunkAccount, host_of
 from telephony.sip.bridge import Bridges, CannotCall, call_for
 from telephony.sip.causes import Cause
 from telephony.sip.diversion import as_whom
 from telephony.sip.floods import Floods
-from telephony.sip.gate import Gate, SecurityLog, is_port_free
+from telephony.sip.gate import Gate, is_port_free
 from telephony.sip.leg import SipLeg
 from telephony.sip.levels import stop_shifting
 from telephony.sip.media_port import MediaPorts, check_frame_copy

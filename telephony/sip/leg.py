@@ -81,6 +81,8 @@ def _guarded(callback: Callable[..., None]) -> Callable[..., None]:
 class SipLeg(pj.Call):
     """One dialog. `dispose` after DISCONNECTED, and not from within a pjsip callback."""
 
+    can_transfer = True
+
     def __init__(
         self, account: pj.Account, config: TelephonyConfig, leg_id: str, direction: str,
         sink: Callable[[SipLeg, LegEvent], None], ports: MediaPorts, call_id: int = pj.PJSUA_INVALID_ID,

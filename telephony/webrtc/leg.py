@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import re
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,26 +19,19 @@ from aiortc.exceptions import InvalidAccessError, InvalidStateError, OperationEr
 from aiortc.mediastreams import MediaStreamTrack
 from aiortc.rtcdatachannel import RTCDataChannel
 
+from telephony.caller_timeline import CallerTimeline
 from telephony.config import TelephonyConfig
+from telephony.inbound_leg import InboundLeg
 from telephony.leg import (
-    Answer,
     DtmfReceived,
-    Hangup,
-    LegCommand,
-    LegDisconnected,
-    LegError,
     LegEvent,
     LegIncoming,
     LegState,
-    LegStateChanged,
-    Reject,
 )  # fmt: skip
-from telephony.leg_media import LegMedia
-from telephony.sip.causes import Cause, cause_of_hangup, cause_of_status
-from telephony.states import check_legal
+from telephony.sip.causes import Cause
 from telephony.webrtc.config import WebRtcConfig
 from telephony.webrtc.ice import with_public_address
-from telephony.webrtc.jitter import CallerTimeline, Promptly
+from telephony.webrtc.jitter import Promptly
 from telephony.webrtc.signaling import Answered, Refused, Reply
 from telephony.webrtc.tracks import AgentTrack, read_caller
 
@@ -60,78 +52,42 @@ class _Control(msgspec.Struct):
 _controls = msgspec.json.Decoder(_Control)
 
 
-class WebRtcLeg:
+class WebRtcLeg(InboundLeg):
     """One call. `sink` hears its events; `reply` is the future that the page's server waits for."""
 
-    direction = "inbound"
+    origin = "from a browser"
 
     def __init__(
         self, incoming: LegIncoming, offer_sdp: str, config: TelephonyConfig, settings: WebRtcConfig,
         sink: Callable[[WebRtcLeg, LegEvent], None], servers: list[dict[str, Any]],
     ) -> None:  # fmt: skip
-        self.leg_id, self.incoming = incoming.leg_id, incoming
-        self.state = LegState.INCOMING
-        self.media = LegMedia(self.leg_id, config)
+        super().__init__(incoming, config, sink, settings.media_timeout_s)
         self.reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self.reply.add_done_callback(self._on_reply_done)
-        self._offer_sdp, self._config, self._settings, self._sink = offer_sdp, config, settings, sink
-        self._servers = servers
+        self._offer_sdp, self._settings, self._servers = offer_sdp, settings, servers
         self._connection: RTCPeerConnection | None = None
         self._voice = AgentTrack(config.sample_rate_hz)
         self._timeline = CallerTimeline(config.sample_rate_hz, config.samples_per_frame, settings.jitter_ms)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._since_s: float | None = None  # when the state began, as far as `on_time` has seen
-        self._codec = ""
-        self._packets, self._packets_changed_at_s = -1, 0.0
-        self._num_received = 0
         self._num_controls = 0
 
     # ----------------------------------------------------------------- commands
 
-    def carry_out(self, command: LegCommand, now_s: float) -> None:
-        """A signalling command; LegError when it cannot be done."""
-        check_legal(command, self.state)
-        match command:
-            case Answer():
-                self._enter(LegState.CONNECTING)
-                self._spawn("answer", self._answer())
-            case Reject(sip_status=sip_status, retry_after_s=retry_after_s):
-                self.refuse(sip_status, retry_after_s, cause_of_status(sip_status))
-            case Hangup(cause=cause):
-                self.end(cause_of_hangup(cause))
-            case _:
-                raise LegError(f"{type(command).__name__} is not possible in a call from a browser")
-
     def refuse(self, sip_status: int, retry_after_s: int, cause: Cause) -> None:
         reason = "all lines are busy" if sip_status == 503 else f"refused: {cause}"
         self._settle(Refused(status=sip_status, reason=reason, retry_after_s=retry_after_s))
-        self._finish(cause, sip_status, "agent")
+        super().refuse(sip_status, retry_after_s, cause)
 
     def end(self, cause: Cause) -> None:
-        by = "network" if cause in (Cause.MEDIA_TIMEOUT, Cause.NETWORK_ERROR) else "agent"
         self._settle(Refused(status=503, reason=f"the call ended: {cause}"))
-        self._finish(cause, 200 if self.state is LegState.CONFIRMED else 603, by)
-
-    def story(self) -> list[LegEvent]:
-        """What a new agent has to be told about a leg that is older than it."""
-        changed = LegStateChanged(
-            leg_id=self.leg_id, state=self.state, sample=self.media.sample, codec=self._codec_if_up()
-        )
-        return [self.incoming, changed]
+        super().end(cause)
 
     def on_time(self, now_s: float) -> None:
-        """Deadlines: the agent's answer, the connection, and a browser that sends nothing any more."""
-        self._since_s = now_s if self._since_s is None else self._since_s
-        waited_s = now_s - self._since_s
-        if self.state is LegState.INCOMING and waited_s > self._config.answer_timeout_s:
-            self.refuse(503, self._config.retry_after_s, Cause.OVERLOADED)
-        elif self.state is LegState.CONNECTING and waited_s > self._settings.connect_timeout_s:
+        """The connection has a deadline too."""
+        super().on_time(now_s)
+        waited_s = now_s - (now_s if self._since_s is None else self._since_s)
+        if self.state is LegState.CONNECTING and waited_s > self._settings.connect_timeout_s:
             self.end(Cause.NETWORK_ERROR)
-        elif self.state is LegState.CONFIRMED:
-            if self._num_received != self._packets:
-                self._packets, self._packets_changed_at_s = self._num_received, now_s
-            elif now_s - self._packets_changed_at_s > self._settings.media_timeout_s:
-                self.end(Cause.MEDIA_TIMEOUT)
 
     def tick(self) -> None:
         """20 ms of the leg's clock, while CONFIRMED."""
@@ -144,7 +100,10 @@ class WebRtcLeg:
 
     # ------------------------------------------------------------- the connection
 
-    async def _answer(self) -> None:
+    def _answer(self) -> None:
+        self._spawn("answer", self._accept())
+
+    async def _accept(self) -> None:
         """Our answer, complete with candidates: browsers need no trickle then."""
         try:
             kinds = _MEDIA_LINE.findall(self._offer_sdp)
@@ -179,8 +138,7 @@ class WebRtcLeg:
         assert self._connection is not None
         match self._connection.connectionState:
             case "connected" if self.state is LegState.CONNECTING:
-                self.media.confirmed(time.monotonic())
-                self._enter(LegState.CONFIRMED)
+                self._confirm()
             case "failed":
                 self.end(Cause.NETWORK_ERROR)
             case "closed" if self.state in (LegState.CONNECTING, LegState.CONFIRMED):
@@ -236,24 +194,10 @@ class WebRtcLeg:
         if reply.cancelled():  # the page went away before the answer
             self._finish(Cause.CANCELLED, 487, "caller")
 
-    def _enter(self, state: LegState) -> None:
-        self.state, self._since_s = state, None
-        self._sink(
-            self,
-            LegStateChanged(leg_id=self.leg_id, state=state, sample=self.media.sample, codec=self._codec_if_up()),
-        )
-
-    def _codec_if_up(self) -> str:
-        return self._codec if self.state is LegState.CONFIRMED else ""
-
-    def _finish(self, cause: Cause, sip_status: int, by: str) -> None:
-        if self.state is LegState.DISCONNECTED:
-            return
-        self._enter(LegState.DISCONNECTED)
+    def _let_go(self) -> None:
         self._voice.stop()
         if self._connection is not None:
             self._spawn("close", self._connection.close())
-        self._sink(self, LegDisconnected(leg_id=self.leg_id, cause=cause, sip_status=sip_status, by=by))
 
     def _spawn(self, name: str, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work, name=f"leg-{self.leg_id}/{name}")

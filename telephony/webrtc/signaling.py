@@ -84,6 +84,15 @@ async def serve_offers(path: Path, offered: Offered) -> asyncio.Server:
     return await asyncio.start_unix_server(on_connection, str(path), backlog=64)
 
 
+async def serve_checks(path: Path) -> asyncio.Server:
+    """The same for a worker whose calls come another way: it only says that it is there."""
+    return await serve_offers(path, _no_offers)
+
+
+def _no_offers(_offer: Offer) -> asyncio.Future[Reply]:
+    raise ValueError("no offers here")
+
+
 async def _serve_one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, offered: Offered) -> None:
     ask = _asks.decode(await _read(reader))
     if isinstance(ask, Check):

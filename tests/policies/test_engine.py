@@ -136,6 +136,13 @@ def test_keypad_first_then_a_person(facts: CallFacts, missed: int, asked: bool, 
     assert decision.reasons or action == "none"
 
 
+def test_a_line_that_cannot_be_transferred_gets_the_callback_whatever_desk_there_is(facts: CallFacts) -> None:
+    known = changed(facts, caller_asked_for_person=True, can_transfer=False)
+    decision = decide_escalation(known, PoliciesConfig(), "sip:desk@pbx", is_warm=True)
+    assert (decision.action, decision.refer_to) == ("callback_request", "")
+    assert "this line cannot be transferred" in decision.reasons
+
+
 def test_a_line_without_order_numbers_offers_nothing_to_type(facts: CallFacts) -> None:
     known = changed(facts, num_turns_not_understood=2)
     assert decide_escalation(known, PoliciesConfig(), "sip:desk@pbx", has_numbers=False).action == "none"

@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("aiortc")
 
 from storage.recordings import CallRecorder, RecordingReader, Segment  # noqa: E402
-from telephony.webrtc.jitter import CallerTimeline  # noqa: E402
+from telephony.caller_timeline import CallerTimeline  # noqa: E402
 
 RATE, FRAME, FRAME_S = 16_000, 320, 0.02
 MINUTES = 10

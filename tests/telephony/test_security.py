@@ -20,9 +20,9 @@ from telephony.client import WorkerClient  # noqa: E402
 from telephony.config import TelephonyConfig  # noqa: E402
 from telephony.leg import Answer, LegDisconnected, LegState  # noqa: E402
 from telephony.process import WorkerFailed, WorkerProcess  # noqa: E402
+from telephony.security_log import SecurityLog  # noqa: E402
 from telephony.sip import packet_filter  # noqa: E402
 from telephony.sip.floods import TokenBucket  # noqa: E402
-from telephony.sip.gate import SecurityLog  # noqa: E402
 from telephony.sip.shed import openssl_version  # noqa: E402
 from tests.telephony.torture import TORTURE, after_invite  # noqa: E402
 

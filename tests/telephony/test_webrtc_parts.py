@@ -15,10 +15,11 @@ pytest.importorskip("aiortc")
 
 from aiortc.rtp import RtpPacket  # noqa: E402
 
+from telephony.caller_timeline import CallerTimeline  # noqa: E402
 from telephony.config import TelephonyConfig  # noqa: E402
 from telephony.webrtc.config import WebRtcConfig, media_config  # noqa: E402
 from telephony.webrtc.ice import MediaLoop, with_public_address  # noqa: E402
-from telephony.webrtc.jitter import CallerTimeline, Promptly  # noqa: E402
+from telephony.webrtc.jitter import Promptly  # noqa: E402
 from telephony.webrtc.signaling import (  # noqa: E402
     Answered,
     Offer,
