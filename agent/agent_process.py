@@ -34,6 +34,7 @@ from agent.outbound import Dialler
 from agent.prompts.lines import LineBook
 from agent.reception import Reception
 from agent.run_folder import (
+    AUDIOSOCKET_SOCKET,
     DIAL_SOCKET,
     ENGINE_SOCKET,
     MONITOR_SOCKET,
@@ -44,6 +45,7 @@ from agent.run_folder import (
 )
 from policies.engine import PolicyEngine
 from storage.calls import CallStore
+from telephony.audiosocket.config import media_config as audiosocket_media_config
 from telephony.client import WorkerClient, WorkerLost
 from telephony.config import TelephonyConfig
 from telephony.holdings import told
@@ -161,6 +163,9 @@ class AgentProcess:
         for index in range(self.config.webrtc.num_workers):
             work = self._serve_worker(group, browser_socket(index), media_config(self.config.telephony))
             group.create_task(work, name=f"agent/browser-{index}")
+        if self.config.audiosocket.port:
+            work = self._serve_worker(group, AUDIOSOCKET_SOCKET, audiosocket_media_config(self.config.telephony))
+            group.create_task(work, name="agent/audiosocket")
 
     async def _serve_worker(
         self, group: asyncio.TaskGroup, socket_name: str, config: TelephonyConfig, is_main: bool = False
@@ -178,7 +183,7 @@ class AgentProcess:
                 group.create_task(self._close_orphans(), name="agent/orphans")
                 print(json.dumps({"ready": True, "sip_port": client.hello.sip_port}), flush=True)
             client.on_security_event = self._on_security_event
-            can_call = client.hello.sip_port > 0  # browsers cannot be called
+            can_call = client.hello.sip_port > 0  # browsers and AudioSockets cannot be called
             if can_call:
                 self.reception.workers.add(client)
             try:

@@ -33,6 +33,8 @@ from agent.engine_link import EngineLink
 from agent.processes import Child, ChildFailed, ChildSpec
 from agent.prompts.lines import LineBook
 from agent.run_folder import (
+    AUDIOSOCKET_CHECK,
+    AUDIOSOCKET_SOCKET,
     ENGINE_SOCKET,
     browser_socket,
     make_run_folder,
@@ -89,6 +91,8 @@ class Stack:
             await self._start_pool(apology)
             for index in range(self.config.webrtc.num_workers):
                 self._begin(f"browser-{index}", self._browser_spec(index, apology))
+            if self.config.audiosocket.port:
+                self._begin("audiosocket", self._audiosocket_spec(apology))
             self._begin("agent", self._agent_spec())
             await self._all_ready()
         except BaseException:
@@ -195,6 +199,15 @@ class Stack:
         )  # fmt: skip
         return ChildSpec(f"browser-{index}", command, is_ready=_is_ready_json)
 
+    def _audiosocket_spec(self, apology: Path) -> ChildSpec:
+        settings = {"telephony": self._telephony(apology), "audiosocket": dataclasses.asdict(self.config.audiosocket)}
+        command = (
+            "-m", "telephony.audiosocket.worker", "--socket", str(self.run_folder / AUDIOSOCKET_SOCKET),
+            "--checks", str(self.run_folder / AUDIOSOCKET_CHECK), "--config", json.dumps(settings),
+            "--parent-pid", str(os.getpid()),
+        )  # fmt: skip
+        return ChildSpec("audiosocket", command, is_ready=_is_ready_json)
+
     async def _start_pool(self, apology: Path) -> None:
         """As many more SIP workers as `pool_calls` needs, by what the first says that its pjsua2 holds."""
         if not self.config.telephony.pool_calls:
@@ -242,7 +255,7 @@ class Stack:
                 await child.ended()
 
     def _media_workers(self) -> tuple[str, ...]:
-        return tuple(name for name in self.children if name.split("-")[0] in ("worker", "browser"))
+        return tuple(name for name in self.children if name.split("-")[0] in ("worker", "browser", "audiosocket"))
 
     async def stop(self) -> None:
         """Agent first (it says goodbye and closes the rows), then the worker (BYE to whoever is left), then the rest:

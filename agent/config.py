@@ -26,6 +26,7 @@ from minmo_runtime.config import RuntimeConfig
 from policies.campaign import HANDOFF_MANNERS
 from policies.config import PoliciesConfig
 from storage.config import StorageConfig
+from telephony.audiosocket.config import AudioSocketConfig
 from telephony.config import TelephonyConfig
 from telephony.webrtc.config import WebRtcConfig
 
@@ -110,6 +111,7 @@ class Config:
     web: WebConfig = field(default_factory=WebConfig)
     telephony: TelephonyConfig = field(default_factory=TelephonyConfig)
     webrtc: WebRtcConfig = field(default_factory=WebRtcConfig)
+    audiosocket: AudioSocketConfig = field(default_factory=AudioSocketConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     policies: PoliciesConfig = field(default_factory=PoliciesConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)

@@ -253,10 +253,13 @@ def _storage(config: Config) -> Iterator[Finding]:
 
 
 def _ports(config: Config) -> Iterator[Finding]:
-    for name, kind, address, port in (
+    ports = [
         ("sip", socket.SOCK_DGRAM, config.telephony.sip_bind, config.telephony.sip_port),
         ("web", socket.SOCK_STREAM, config.web.host, config.web.port),
-    ):
+    ]
+    if config.audiosocket.port:
+        ports.append(("audiosocket", socket.SOCK_STREAM, config.audiosocket.bind, config.audiosocket.port))
+    for name, kind, address, port in ports:
         protocol = "udp" if kind == socket.SOCK_DGRAM else "tcp"
         error = _bind_error(kind, address, port)
         text = f"{address}:{port}/{protocol} " + (f"can not be bound: {error}" if error else "is free")

@@ -4,6 +4,7 @@
     engine    its self-test answers: silence through the encoder where nobody calls (minmo_runtime/engine.py)
     worker…   SIP media workers: an OPTIONS at their own SIP port (telephony/sip/options.py)
     browser…  media workers for browsers: their event loop answers over the socket that brings them offers
+    audiosocket   the media worker for AudioSocket, where it is on: its event loop answers over a socket of its own
     storage   the database answers, the journal's disk has its reserve
 
 Which workers there are, their sockets in the run folder say: so it is known without the agent too. Used by /readyz and
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from agent.config import Config
 from agent.monitor import AgentStatus, NotRunning, agent_status
-from agent.run_folder import ENGINE_SOCKET, MONITOR_SOCKET, offer_socket
+from agent.run_folder import AUDIOSOCKET_CHECK, ENGINE_SOCKET, MONITOR_SOCKET, offer_socket
 from minmo_runtime.api import StreamLost
 from minmo_runtime.client import RuntimeClient
 from storage.search import CallReader
@@ -70,13 +71,15 @@ async def examine_running(config: Config, run_folder: Path, reader: CallReader) 
     workers = [
         _asked(f"worker-{index}" if index else "worker", _ask_sip(config, index)) for index in _sip_workers(run_folder)
     ]
-    browsers = [
-        _asked(f"browser-{index}", _ask_browser_worker(run_folder / offer_socket(index)))
+    others = [
+        _asked(f"browser-{index}", _ask_loop_worker(run_folder / offer_socket(index)))
         for index in range(config.webrtc.num_workers)
     ]
+    if config.audiosocket.port:
+        others.append(_asked("audiosocket", _ask_loop_worker(run_folder / AUDIOSOCKET_CHECK)))
     roles = await asyncio.gather(
         *workers,
-        *browsers,
+        *others,
         _asked("agent", _ask_agent(run_folder / MONITOR_SOCKET, config, told)),
         _asked("engine", _ask_engine(run_folder / ENGINE_SOCKET)),
         _asked("storage", asyncio.to_thread(_ask_storage, config, reader)),
@@ -140,7 +143,7 @@ async def _ask_sip(config: Config, index: int) -> str:
     return f"answered OPTIONS with {status}"
 
 
-async def _ask_browser_worker(path: Path) -> str:
+async def _ask_loop_worker(path: Path) -> str:
     try:
         await send_check(path, ANSWER_WITHIN_S)
     except OfferFailed as error:

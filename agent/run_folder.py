@@ -18,6 +18,8 @@ from agent.config import DERIVED, Config, ConfigError, build_config
 ENGINE_SOCKET, MEDIA_SOCKET, SETTINGS_FILE = "engine.sock", "media.sock", "settings.json"
 MONITOR_SOCKET = "monitor.sock"
 DIAL_SOCKET = "dial.sock"
+AUDIOSOCKET_SOCKET = "audiosocket.sock"  # where the agent meets the worker for AudioSocket
+AUDIOSOCKET_CHECK = "audiosocket-check.sock"  # where that worker is asked whether it is there
 _WHERE_FILE = "run-folder"  # in the storage folder: where the running agent's sockets are
 
 

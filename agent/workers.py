@@ -12,7 +12,7 @@ from telephony.client import WorkerClient
 
 @dataclass
 class Workers:
-    clients: list[WorkerClient] = field(default_factory=list)  # of SIP workers; browsers cannot be called
+    clients: list[WorkerClient] = field(default_factory=list)  # of SIP workers; nobody else can be called
 
     def add(self, client: WorkerClient) -> None:
         self.clients.append(client)

@@ -131,7 +131,7 @@ class TelephonyConfig:
 
     source_invites_per_s: int = 10
     """The same for one source address, so that none can use up the share of the others; of a trusted proxy, for the
-    address it names. At most `invites_per_s` are of use."""
+    address it names. At most `invites_per_s` are of use. Calls by AudioSocket beyond it are hung up on."""
 
     source_requests_per_s: int = 200
     """More requests of any kind than this from one address are dropped unread; a second's worth may come at once."""

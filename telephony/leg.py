@@ -41,7 +41,7 @@ class LegIncoming(Message, frozen=True):
     """An INVITE arrived. Everything here is the caller's claim: never trust it, always escape it."""
 
     did: str  # dialled number or user part of the Request-URI
-    ani: str  # user part of From; may be withheld or spoofed
+    ani: str  # user part of From; may be withheld or spoofed; an AudioSocket's UUID, as it tells no number
     display_name: str = ""
     source_address: str = ""  # "ip:port" the INVITE came from
     headers: dict[str, str] = {}

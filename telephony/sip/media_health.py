@@ -1,11 +1,14 @@
 """The verdict on a call's audio shortly after the answer: does it cross both ways? Named in the call record.
 
-Plain arithmetic on what pjmedia counted (RFC 3550 §6.4) and how loud it was; knows no pjsip.
+Plain arithmetic on what was counted, by pjmedia (RFC 3550 §6.4) or by a leg itself, and how loud it was; knows no
+pjsip.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+import numpy as np
 
 from telephony.leg import MediaHealth
 
@@ -45,3 +48,13 @@ def health_of(
         lost_in=counts.lost_in, level_in=counts.level_in, promised_address=promised_address,
         source_address=source_address,
     )  # fmt: skip
+
+
+def level_of(pcm: bytes) -> int:
+    """int16 -> 0-127, as pjmedia says it: the mean magnitude on the scale of mu-law (ITU-T G.711), 16 steps an octave.
+
+    magnitude 64 + bias 132 = 196 = 0b1100_0100, octave 0, step 8 -> 8
+    """
+    biased = min(32767, int(np.abs(np.frombuffer(pcm, "<i2").astype(np.int32)).mean()) + 132) if pcm else 132
+    octave = biased.bit_length() - 8
+    return 16 * octave + (biased >> (octave + 3)) % 16

@@ -23,6 +23,7 @@ from agent.doctor_running import examine_running_agent
 from agent.monitor import AgentStatus, Monitor
 from agent.readiness import Readiness, examine_running
 from agent.run_folder import (
+    AUDIOSOCKET_CHECK,
     ENGINE_SOCKET,
     MONITOR_SOCKET,
     media_socket,
@@ -34,8 +35,9 @@ from minmo_runtime.fake import FakeRuntime
 from minmo_runtime.server import RuntimeServer
 from storage.config import StorageConfig
 from storage.search import CallReader
+from telephony.audiosocket.config import AudioSocketConfig
 from telephony.sip.options import ask_options
-from telephony.webrtc.signaling import serve_offers
+from telephony.webrtc.signaling import serve_checks, serve_offers
 
 GOOD = AgentStatus(num_calls=1, max_calls=4, is_engine_connected=True, num_workers=1, worst_lag_ms=12.0)
 
@@ -142,6 +144,14 @@ async def test_ready_when_every_role_answers_and_each_says_how(roles: Roles) -> 
     assert text["engine"] == "self-test passed"
     assert text["agent"] == "1 of 4 calls, loop at most 12 ms late"
     assert str(roles.folder) not in str(found)
+
+
+async def test_the_worker_for_audiosocket_is_asked_where_it_is_on(roles: Roles) -> None:
+    roles.config = dataclasses.replace(roles.config, audiosocket=AudioSocketConfig(port=9019, did="100"))
+    found = await roles.ask()
+    assert found.is_ready and not up(found)["audiosocket"]
+    async with _server(await serve_checks(roles.folder / AUDIOSOCKET_CHECK)):
+        assert up(await roles.ask())["audiosocket"]
 
 
 @pytest.mark.parametrize("role", ["worker", "agent", "engine"])

@@ -1,5 +1,5 @@
-"""The two rigs of the contract suite: a loopback leg in virtual time, and a worker's leg called by a second worker
-over SIP.
+"""The rigs of the contract suite: a loopback leg in virtual time, a worker's leg called by a second worker over SIP,
+and one called by an AudioSocket.
 
 A rig plays the far end and collects the events of the leg under test; the suite does not see which one it has.
 """
@@ -17,6 +17,7 @@ import pytest
 from telephony.config import TelephonyConfig
 from telephony.leg import Answer, AudioFrame, Hangup, LegEvent, LegState, LegStateChanged, Play, ReferResult
 from telephony.loopback import LoopbackLeg
+from tests.telephony.audiosocket_peer import AudioSocketWorker, Exchange
 
 RATE = 8000
 
@@ -26,9 +27,11 @@ def tone(seconds: float, hz: float = 440.0, rate: int = RATE, amplitude: float =
 
 
 class Rig:
-    """What both rigs share: the collected events."""
+    """What the rigs share: the collected events."""
 
     leg: Any
+    identity = ("100", "4711", "Ann")  # what the incoming call says of itself: did, ani, display name
+    refusal_status = 603  # of a REFER
 
     def __init__(self) -> None:
         self.events: list[LegEvent] = []
@@ -163,11 +166,61 @@ def worker_pair() -> Iterator[tuple[Any, Any]]:
         yield near, far
 
 
-@pytest.fixture(params=["loopback", "worker"])
+class AudioSocketRig(Rig):
+    kind = "audiosocket"
+    refusal_status = 400  # there is nothing like REFER
+
+    def __init__(self, worker: AudioSocketWorker) -> None:
+        super().__init__()
+        self._worker = worker
+
+    async def ring(self) -> None:
+        self._client = await self._worker.agent()
+        self._far = await Exchange.call(self._worker.port)
+        self.identity = ("100", str(self._far.uuid), "")
+        self.leg = await asyncio.wait_for(anext(self._client.legs()), 5)
+        self.start_collecting()
+
+    async def run(self, num_samples: int) -> None:
+        await asyncio.sleep(num_samples / RATE)
+
+    async def far_speaks(self, pcm: bytes) -> None:
+        self._far.say(pcm)
+
+    async def far_presses(self, digits: str) -> None:
+        self._far.press(digits)
+
+    async def far_hangs_up(self) -> None:
+        self._far.hang_up()
+
+    far_cancels = far_hangs_up
+
+    def far_refuses_refer(self) -> bool:
+        return True
+
+    def far_heard(self) -> bytes:
+        return self._far.heard
+
+    async def close(self) -> None:
+        await self._far.close()
+        await super().close()
+        await self._client.close()
+
+
+@pytest.fixture(scope="session")
+def audiosocket_worker() -> Iterator[AudioSocketWorker]:
+    """A media worker for AudioSocket on a free loopback port."""
+    with AudioSocketWorker() as worker:
+        yield worker
+
+
+@pytest.fixture(params=["loopback", "worker", "audiosocket"])
 async def rig(request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
     """A call that rings at the leg under test."""
     if request.param == "loopback":
         made: Any = LoopbackRig()
+    elif request.param == "audiosocket":
+        made = AudioSocketRig(request.getfixturevalue("audiosocket_worker"))
     else:
         near, far = request.getfixturevalue("worker_pair")
         made = WorkerRig(near.socket_path, near.address, far.socket_path)

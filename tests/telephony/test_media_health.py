@@ -17,6 +17,7 @@ pytest.importorskip("pjsua2")
 from telephony.config import TelephonyConfig  # noqa: E402
 from telephony.leg import MediaHealth  # noqa: E402
 from telephony.process import WorkerProcess  # noqa: E402
+from telephony.sip.media_health import level_of  # noqa: E402
 from tests.telephony.test_call_control import ringing  # noqa: E402
 from tests.telephony.test_rtp_source import rtp  # noqa: E402
 
@@ -63,3 +64,8 @@ async def test_ours_that_do_not_arrive_are_named_when_the_partys_reports_say_so(
             health = call.of(MediaHealth)
     assert health[0].verdict == verdict, health[0]
     assert health[0].packets_in > 20 and health[0].packets_out > 20
+
+
+def test_level_is_the_mean_magnitude_on_the_scale_of_mu_law():
+    assert [level_of(struct.pack("<2h", value, -value)) for value in (0, 64, 1_000, 32_767)] == [0, 8, 49, 127]
+    assert level_of(b"") == 0
