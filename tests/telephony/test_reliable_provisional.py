@@ -81,7 +81,7 @@ async def test_caller_who_requires_it_hears_early_media_and_the_answer_waits_for
 async def test_answer_does_not_wait_for_the_prack_of_a_ringing_without_sdp(worker):
     async with ringing(worker, headers=REQUIRED) as call:
         await provisional(call, 180)
-        await asyncio.wait_for(call.answer(), 1.0)
+        await asyncio.wait_for(call.answer(), 10.0)
 
 
 async def test_caller_who_only_supports_it_is_served_without(worker):
@@ -125,18 +125,26 @@ async def called(worker):
     assert isinstance(events[-1], LegDisconnected) and events[-1].cause == "normal"
 
 
+def new_prack(peer, seen):
+    """Not one that comes again because our answer to it was late."""
+    while (number := header(request := peer.receive("PRACK"), "CSeq")) in seen:
+        pass
+    seen.add(number)
+    return request
+
+
 async def test_called_party_who_rings_reliably_gets_one_prack_for_each_answer_and_none_for_one_sent_again(worker):
     async with called(worker) as (peer, invite, leg, events):
         assert "100rel" in header(invite, "Supported")
-        number = header(invite, "CSeq").split()[0]
+        number, seen = header(invite, "CSeq").split()[0], set()
         for status, rseq in (("180 Ringing", 77), ("183 Session Progress", 78)):
             for _ in range(2):
                 peer.respond(invite, status, headers=f"{REQUIRED}RSeq: {rseq}\r\n")
-            request = await asyncio.to_thread(peer.receive, "PRACK")
+            request = await asyncio.to_thread(new_prack, peer, seen)
             assert header(request, "RAck") == f"{rseq} {number} INVITE"
             peer.respond(request, "200 OK")
             with pytest.raises(TimeoutError):
-                await asyncio.to_thread(peer.receive, "PRACK")
+                await asyncio.to_thread(new_prack, peer, seen)
         peer.respond(invite, "200 OK", peer.sdp())
         await asyncio.to_thread(peer.receive, "ACK")
         states = [event.state for event in events if isinstance(event, LegStateChanged)]

@@ -24,7 +24,7 @@ from tests.live.sip_agent import until  # noqa: E402
 STRANGER = "127.0.0.66"
 LISTED = {"allowed_sources": ("127.0.0.1/32",)}
 TONE, NOISE = bytes([0x80 if i // 4 % 2 else 0x00 for i in range(160)]), bytes([0x9F, 0x1F] * 80)  # mu-law
-PACKETS = 60
+PACKETS = 150
 AUDIBLE = 0.5  # of the time: less is lost by a busy machine, more by a forger
 
 pytestmark = pytest.mark.skipif(not packet_filter.IS_AVAILABLE, reason="no kernel filter")
@@ -76,7 +76,7 @@ def share_of_tone(samples):
     return float(np.mean(np.abs(np.frombuffer(bytes(samples), "<i2").astype(int)) > 30000))
 
 
-def middle(call, first_s=0.6, last_s=1.1):
+def middle(call, first_s=0.6, last_s=2.6):
     return call.samples[int(16000 * first_s) : int(16000 * last_s)]
 
 
@@ -110,7 +110,7 @@ async def test_forger_on_the_partys_own_host_is_not_heard_either():
             with udp("127.0.0.1") as forger:
                 await talk(target, None, [(forger, FORGERIES["RTP of another SSRC"])], 25)  # it is taken for the party
                 await talk(target, peer.media, [(forger, FORGERIES["RTP of another SSRC"])], PACKETS)
-                assert share_of_tone(call.samples[-8000:]) >= AUDIBLE
+                assert share_of_tone(call.samples[-32000:]) >= AUDIBLE
                 await until(lambda: any(event.kind == "rtp_source" for event in near.security))
 
 
