@@ -105,7 +105,7 @@ class ToneAgent:
     def __init__(self, client: WorkerClient, refer_to: str = "", refer_after_s: float = 1.0) -> None:
         self.address = f"{client.hello.sip_address}:{client.hello.sip_port}"
         self.calls: list[AgentCall] = []
-        self.voice = warble(2.0, 300)
+        self.voice = warble(6.0, 300)  # any second of it will do: a late process damages some
         self._client, self._refer_to, self._refer_after_s = client, refer_to, refer_after_s
 
     async def serve(self) -> None:

@@ -21,11 +21,11 @@ pytestmark = [pytest.mark.live, pytest.mark.peers("baresip")]
 
 
 async def test_speech_crosses_both_ways_and_baresip_hangs_up(tmp_path):
-    voice = warble(2.0, 500)
+    voice = warble(6.0, 500)  # any second of it will do: a late process damages some
     source = np.concatenate([silence(0.5), voice, silence(20)])  # its player ends the call at the end of the file
     async with tone_agent() as agent:
         with baresip(tmp_path / "b", source, dial=f"sip:100@{agent.address}") as peer:
-            await until(lambda: agent.calls and len(agent.calls[0].heard) > 4 * 2 * RATE)
+            await until(lambda: agent.calls and len(agent.calls[0].heard) > 8 * 2 * RATE, 25)
             peer.press("b")
             await until(lambda: agent.calls[0].is_over.is_set())
             await asyncio.sleep(0.3)

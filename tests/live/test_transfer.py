@@ -50,19 +50,22 @@ def test_transfer_that_fails_is_said_and_a_callback_is_stored(
 ) -> None:
     """SIPp goes on only if the REFER's target is the configured one, character by character."""
     scenario = referred_scenario(served.handoff_uri, answer, outcome)
-    call = call_of_sipp(served, tmp_path, scenario, f"val{status}")
+    for user in (f"val{status}", f"val{status}b"):  # SIPp says it once: a starved encoder may miss a word of it
+        call = call_of_sipp(served, tmp_path, scenario, user)
+        if call is not None:
+            break
+    assert call is not None, errors_of(tmp_path)
     assert refer_results(served, call) == [status]
     assert "no one is free right now. we will call you" in what_was(call, "agent")  # SIPp hangs up after a fixed time
     (request,) = call["callback_requests"]
-    assert request["number"] == f"val{status}" and str(status) in request["reason"]
+    assert request["number"] == user and str(status) in request["reason"]
     assert call["disposition"] == "completed"
 
 
-def call_of_sipp(served: Served, folder: Path, scenario: str, user: str) -> dict[str, Any]:
-    """Says "i would like to speak to a person" after the greeting, and then what the scenario says."""
+def call_of_sipp(served: Served, folder: Path, scenario: str, user: str) -> dict[str, Any] | None:
+    """Says "i would like to speak to a person" after the greeting, and then what the scenario says. None: it failed."""
     media = play(folder, clip("person"), GREETED_MS)
     options = ("-m", "1", "-recv_timeout", "40000")
     with sipp(folder, served.address, 6_000, media, options, user, scenario, 100) as process:
         wait_for(lambda: process.poll() is not None, 100, "SIPp has not ended")
-        assert process.returncode == 0, errors_of(folder)
-    return served.closed_call_of(user)
+    return served.closed_call_of(user) if process.returncode == 0 else None
