@@ -24,12 +24,16 @@ from tests.live.sip_agent import similarity, warble  # noqa: E402
 
 pytestmark = [pytest.mark.live, pytest.mark.asyncio(loop_scope="module")]
 RING_S = 6.0
-DESK_PORT = free_port()
+
+
+@pytest.fixture(scope="module")
+def desk_port() -> int:
+    return free_port()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[CallingStack]:
-    handoff = {"uri": f"sip:desk@127.0.0.1:{DESK_PORT}", "manner": "warm", "ring_s": RING_S, "accept_s": 4.0}
+async def stack(tmp_path_factory: pytest.TempPathFactory, desk_port: int) -> AsyncIterator[CallingStack]:
+    handoff = {"uri": f"sip:desk@127.0.0.1:{desk_port}", "manner": "warm", "ring_s": RING_S, "accept_s": 4.0}
     async with calling_stack(tmp_path_factory.mktemp("stack"), settings={"handoff": handoff}) as running:
         yield running
 
@@ -114,8 +118,8 @@ def caller(stack: CallingStack) -> Iterator[Caller]:
 
 
 @pytest.fixture
-def desk(stack: CallingStack) -> Iterator[Party]:
-    party = Party(stack.address, DESK_PORT)
+def desk(stack: CallingStack, desk_port: int) -> Iterator[Party]:
+    party = Party(stack.address, desk_port)
     yield party
     party.close()
 
@@ -160,7 +164,7 @@ async def hears_the_person(caller: Caller) -> None:
 
 
 async def test_person_is_told_takes_the_call_with_a_key_and_talks_to_the_caller(
-    stack: CallingStack, caller: Caller, desk: Party
+    stack: CallingStack, caller: Caller, desk: Party, desk_port: int
 ) -> None:
     invite, call = await rung(stack, caller, desk)
     assert header(invite, "From").startswith("<sip:raw@") and header(invite, "X-Minmo-Call") == call["call_id"]
@@ -174,7 +178,7 @@ async def test_person_is_told_takes_the_call_with_a_key_and_talks_to_the_caller(
     closed = await stack.closed(call["call_id"])
     assert (closed["disposition"], closed["cause"]) == ("transferred", "transferred")
     handoff = handoff_of(closed)
-    assert (handoff["state"], handoff["target"]) == ("accepted", f"sip:desk@127.0.0.1:{DESK_PORT}")
+    assert (handoff["state"], handoff["target"]) == ("accepted", f"sip:desk@127.0.0.1:{desk_port}")
     assert "Caller: raw" in handoff["summary"] and "Campaign: acme" in handoff["summary"]
     await hears_the_person(caller)
     caller.in_dialog("BYE")
@@ -231,9 +235,9 @@ async def test_caller_who_hangs_up_meanwhile_ends_the_second_leg(
 
 @pytest.mark.peers("baresip")
 async def test_desk_that_is_baresip_hears_the_summary_and_is_asked_for_the_key(
-    stack: CallingStack, caller: Caller, tmp_path: Path
+    stack: CallingStack, caller: Caller, desk_port: int, tmp_path: Path
 ) -> None:
-    with baresip(tmp_path / "desk", silence(60), user="desk", port=DESK_PORT, quits_after_s=90) as person:
+    with baresip(tmp_path / "desk", silence(60), user="desk", port=desk_port, quits_after_s=90) as person:
         call = await caller.come_in(stack)
         await caller.wants_a_person()
         await stack.until(lambda now: now["handoffs"] and now["handoffs"][0]["state"] == "answered", call["call_id"])

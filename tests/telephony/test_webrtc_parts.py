@@ -285,7 +285,7 @@ async def test_offer_crosses_the_socket_and_a_caller_who_gives_up_is_noticed(tmp
 
 
 def test_media_sockets_take_ports_of_the_range_and_then_there_is_none() -> None:
-    with asyncio.Runner(loop_factory=lambda: MediaLoop("127.0.0.1", 47_110, 47_112)) as runner:
+    with asyncio.Runner(loop_factory=lambda: MediaLoop("127.0.0.1", 27_110, 27_112)) as runner:
 
         async def take() -> list[int]:
             loop = asyncio.get_running_loop()
@@ -293,14 +293,14 @@ def test_media_sockets_take_ports_of_the_range_and_then_there_is_none() -> None:
                 await loop.create_datagram_endpoint(asyncio.DatagramProtocol, local_addr=("127.0.0.1", 0))
                 for _ in range(3)
             ]
-            with pytest.raises(OSError, match="no UDP port is free from 47110 to 47112"):
+            with pytest.raises(OSError, match="no UDP port is free from 27110 to 27112"):
                 await loop.create_datagram_endpoint(asyncio.DatagramProtocol, local_addr=("127.0.0.1", 0))
             ports = [transport.get_extra_info("sockname")[1] for transport, _ in made]
             for transport, _ in made:
                 transport.close()
             return ports
 
-        assert sorted(runner.run(take())) == [47_110, 47_111, 47_112]
+        assert sorted(runner.run(take())) == [27_110, 27_111, 27_112]
 
 
 def test_host_candidate_gets_the_public_address_and_others_keep_theirs() -> None:
