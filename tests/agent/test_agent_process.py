@@ -94,7 +94,7 @@ async def test_it_ends_at_once_when_there_is_no_call(config: Config, tmp_path: P
     running = asyncio.create_task(process.run(os.getppid()))
     await until(lambda: process.engines.is_connected)
     process.on_signal()
-    await asyncio.wait_for(running, 2.0)
+    await asyncio.wait_for(running, 10.0)
 
 
 async def test_sigterm_lets_the_last_call_end_by_itself_and_refuses_new_ones(
@@ -297,7 +297,10 @@ async def test_P3_a_second_after_the_hang_up_nothing_of_the_call_runs_any_more(
     name = call_id_of(LEG_ID)
     assert [task for task in asyncio.all_tasks() if name in task.get_name()]
     leg.hang_up()
-    await asyncio.wait_for(call, 1.0)
+    for _ in range(100):  # a second in turns of the loop: a starved one is not judged by the wall clock
+        if not call.done():
+            await asyncio.sleep(0.01)
+    await asyncio.wait_for(call, 0)
     assert not [task for task in asyncio.all_tasks() if name in task.get_name()]
     assert not process.reception.calls and process.reception.num_busy == 0
     process.store.close()

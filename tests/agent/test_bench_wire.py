@@ -34,7 +34,7 @@ def test_clicks_that_are_sent_are_read_with_the_kernels_time_stamps():
             time.sleep(0.02)
         clicker.stop()
         reader.stop()
-    (onset,) = reader.arrivals[0].onsets_s()
+    onset, *_later = reader.arrivals[0].onsets_s()  # the loop above may be late, and another click in
     assert 0 <= onset - clicker.sent_s[0] < 0.4
 
 
