@@ -7,8 +7,8 @@ fewest take-overs with delays no longer than the bridge's, and the fewest stops 
 interruptions found. Score and gate: the other half, against the bridge (duplex_score.py). The pieces of a part of the
 training scenes are hidden, so that it does not live on known phrases alone.
 
-Where a predictor of this encoder is there already, it is the start and, while the agent is silent, the teacher: what it
-knows of ends and pauses stays as it is, and what is learned anew is what a voice over the agent means.
+Where a predictor of this encoder is there already, it is the start: what it makes of facts that it did not know begins
+at nothing.
 """
 
 from __future__ import annotations
@@ -49,9 +49,8 @@ def posteriors(predictor: DuplexPredictor, scenes: Scenes) -> list[np.ndarray]:
     return found
 
 
-def operating_point(scenes: list[Judged], bridge: dict[str, float], is_taught: bool = False) -> dict[str, float]:
-    """Odds by which user_waits, user_done and interrupt are divided (see the module); the teacher's point holds for
-    the first two."""
+def operating_point(scenes: list[Judged], bridge: dict[str, float]) -> dict[str, float]:
+    """Odds by which user_waits, user_done and interrupt are divided (see the module)."""
 
     def trial(**odds: float) -> dict[str, float]:
         moved = []
@@ -68,7 +67,7 @@ def operating_point(scenes: list[Judged], bridge: dict[str, float], is_taught: b
 
     # An end that is taken for "one moment" leaves the caller in silence: user_waits is only ever made less likely.
     best: tuple[float, float, float] = (2.0, 1.0, 1.0)
-    for waits in () if is_taught else _ODDS[_ODDS >= 1.0][::5]:
+    for waits in _ODDS[_ODDS >= 1.0][::5]:
         for done in _ODDS:
             found = trial(user_waits=waits, user_done=done)
             if is_answered(found):
@@ -107,25 +106,18 @@ def weighted_loss(log_probs: Tensor, steps: StepInputs, labels: Tensor, overlap_
     return (losses * weights).sum() / weights.sum()
 
 
-def taught_loss(log_probs: Tensor, teacher: DuplexPredictor, steps: StepInputs, mask: Tensor) -> Tensor:
-    """Cross entropy to the teacher's posterior, mean over the steps of `mask` [B, T]."""
-    with torch.no_grad():
-        wanted = teacher(steps).exp()[mask]
-    return -(wanted * log_probs[mask].clamp(min=-30.0)).sum(-1).mean()  # a masked class is -inf, and not wanted
-
-
 def predictor_before(stage: StageConfig, work_dir: Path, dims: DuplexDims) -> DuplexPredictor | None:
     """The one that was shipped before this stage ran, if its sizes are ours."""
     path = stage.folder(work_dir) / "before" / part_file(work_dir, PART).name
     if not path.exists():
         return None
-    teacher = DuplexPredictor(dims)
+    before = DuplexPredictor(dims)
     tensors = {name: tensor.float() for name, tensor in load_tensors(path)[0].items()}
     if dims.num_facts:  # it makes nothing of facts that were added since
         known = tensors["linear_facts.weight"]
         tensors["linear_facts.weight"] = nn.functional.pad(known, (0, dims.num_facts - known.shape[1]))
-    teacher.load_state_dict(tensors)
-    return teacher.eval()
+    before.load_state_dict(tensors)
+    return before.eval()
 
 
 def evaluate(predictor: DuplexPredictor, held: Scenes) -> dict[str, float]:
@@ -174,9 +166,8 @@ def run(stage: StageConfig, work_dir: Path, budget_s: float) -> dict[str, float]
     scenes, held = prepare(stage, work_dir, dims)
     torch.manual_seed(stage.seed)
     predictor = DuplexPredictor(dims)
-    teacher = predictor_before(stage, work_dir, dims)
-    if teacher is not None:
-        predictor.load_state_dict(teacher.state_dict())
+    if (before := predictor_before(stage, work_dir, dims)) is not None:
+        predictor.load_state_dict(before.state_dict())
     with only_trainable(stage, {PART: predictor}):
         loop = StepLoop(
             predictor, LoopSettings.from_table(settings), stage.folder(work_dir), budget_s, lambda n, p: False
@@ -186,18 +177,14 @@ def run(stage: StageConfig, work_dir: Path, budget_s: float) -> dict[str, float]
             rng = np.random.default_rng([stage.seed, step])
             steps, labels = scenes.batch(rng.integers(0, len(scenes), settings["batch_size"]))
             log_probs = predictor(hide_pieces(steps, rng, settings["hidden_pieces_share"]))
-            if teacher is None:
-                return weighted_loss(log_probs, steps, labels, settings["overlap_weight"])
-            spoken = labels.masked_fill(~steps.agent_speaks, IGNORED)
-            taught = taught_loss(log_probs, teacher, steps, (labels != IGNORED) & ~steps.agent_speaks)
-            return weighted_loss(log_probs, steps, spoken, settings["overlap_weight"]) + taught
+            return weighted_loss(log_probs, steps, labels, settings["overlap_weight"])
 
         loop.run(loss_of, lambda: None, lambda line: print(line, flush=True))
     predictor.load_state_dict(loop.averaged_state())
     choosing = range(len(held) // 2)
     chances = posteriors(predictor, held)
     bridge = score([held.judged(i, bridge_chances(held.rows["facts"][i])) for i in choosing])
-    odds = operating_point([held.judged(i, chances[i]) for i in choosing], bridge, is_taught=teacher is not None)
+    odds = operating_point([held.judged(i, chances[i]) for i in choosing], bridge)
     set_operating_point(predictor, odds)
     ship(work_dir, predictor, held.encoder_hash)
     scores = evaluate(load_predictor(part_file(work_dir, PART)), held)

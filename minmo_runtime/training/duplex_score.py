@@ -26,7 +26,7 @@ class FloorRules:
     """Names and defaults of agent/floor.TurnTakingConfig."""
 
     end_silence_s: float = 0.12
-    likely_end_probability: float = 0.1
+    likely_end_probability: float = 0.3
     likely_end_s: float = 0.7
     missed_end_s: float = 1.6
     slot_patience_s: float = 1.6
