@@ -81,6 +81,8 @@ class AgentProcess:
         )
         for problem in policy.problems:
             log.error("campaign %s is refused: %s", problem.name, problem.reason)
+        if config.audiosocket.port and not policy.campaign_for(config.audiosocket.did):
+            log.error("audiosocket.did = %r: no campaign answers it, so its calls are refused", config.audiosocket.did)
         texts = rendering.sentences(book, policy.campaigns)
         models = config.runtime.models_folder
         rendered = rendering.load(rendering.folder_for(config.storage.folder, folder, models), texts)

@@ -233,6 +233,10 @@ def _campaigns(config: Config) -> Iterator[Finding]:
         return
     for campaign in engine.campaigns:
         yield Finding(f"campaign {campaign.name}", State.OK, f"answers {', '.join(campaign.dids)}")
+    if config.audiosocket.port and not engine.campaign_for(config.audiosocket.did):
+        numbers = ", ".join(sorted(did for campaign in engine.campaigns for did in campaign.dids))
+        text = f"audiosocket.did = {config.audiosocket.did!r}: must be one of {numbers}; its calls are refused"
+        yield Finding("audiosocket", State.WARNING, text)
     for problem in engine.problems:
         yield Finding(f"campaign {problem.name}", State.WARNING, f"refused: {problem.reason}")
     if not engine.campaigns:

@@ -12,6 +12,7 @@ import numpy as np
 _CONCEAL_FRAMES = 3  # then silence
 _MAX_GAP_MS = 400  # a longer one is a pause of the sender: start anew
 _TRIM_AFTER_PULLS = 50  # a second in which more was in hand than wanted
+_TRIM_MUCH_AFTER_PULLS, _MUCH_FRAMES = 10, 4  # late words are worse than a tenth of them lost
 
 
 class CallerTimeline:
@@ -74,9 +75,10 @@ class CallerTimeline:
         """What was in hand at all times of the last second, beyond what filling up leaves behind, nobody needs."""
         self._least = min(self._least, len(self._waiting))
         self._pulls += 1
-        if self._pulls < _TRIM_AFTER_PULLS:
+        spare = self._least - (self._target - self._frame)
+        if self._pulls < (_TRIM_MUCH_AFTER_PULLS if spare > _MUCH_FRAMES * self._frame else _TRIM_AFTER_PULLS):
             return
-        spare = min(self._least - (self._target - self._frame), self._frame)
+        spare = min(spare, self._frame)
         if spare >= self._frame // 2:
             self._waiting = self._waiting[spare:]
         self._least, self._pulls = 1 << 30, 0

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from minmo_runtime.duplex_steps import FACT_NAMES, NUM_FACTS
 from minmo_runtime.model.duplex import DuplexDims, DuplexPredictor, StepInputs
-from minmo_runtime.training.duplex_data import Scenes, encoder_hash, make_data
+from minmo_runtime.training.duplex_data import Scenes, made_from, make_data
 from minmo_runtime.training.duplex_inputs import IGNORED
 from minmo_runtime.training.duplex_scenes import LABEL
 from minmo_runtime.training.duplex_score import Judged, bridge_chances, score, shifted
@@ -143,13 +143,13 @@ def load_predictor(path: Path) -> DuplexPredictor:
 
 
 def prepare(stage: StageConfig, work_dir: Path, dims: DuplexDims) -> tuple[Scenes, Scenes]:
-    """Training and held-out scenes; made anew when they are of another encoder."""
+    """Training and held-out scenes; made anew when they were made from anything else."""
     folder, found = stage.folder(work_dir), []
+    speech_dir = Path(stage.settings["speech_dir"]) if stage.settings.get("speech_dir") else None
     for split, count in (("train", stage.settings["num_scenes"]), ("held", stage.settings["num_held_scenes"])):
         path = folder / f"{split}.npz"
-        if not path.exists() or Scenes(path).encoder_hash != encoder_hash(work_dir):
-            speech_dir = stage.settings.get("speech_dir")
-            make_data(path, work_dir, dims, stage.seed, split, count, Path(speech_dir) if speech_dir else None)
+        if not path.exists() or Scenes(path).made_from != made_from(work_dir, stage.seed, split, count, speech_dir):
+            make_data(path, work_dir, dims, stage.seed, split, count, speech_dir)
         found.append(Scenes(path))
     return found[0], found[1]
 

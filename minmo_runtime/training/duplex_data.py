@@ -5,6 +5,7 @@ Everything but the predictor is frozen, so its inputs are computed once, in as m
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from minmo_runtime.caption_search import CaptionReader
 from minmo_runtime.config import RuntimeConfig
+from minmo_runtime.duplex_steps import FACT_NAMES
 from minmo_runtime.model.duplex import DuplexDims, StepInputs
 from minmo_runtime.training import synthesis
 from minmo_runtime.training.data import HumanUtterances, human_clips
@@ -99,6 +101,7 @@ def make_data(
         "answered": np.array(answered),
         "marks": np.array(marks),
         "encoder_hash": np.array(encoder_hash(work_dir)),
+        "made_from": np.array(made_from(work_dir, seed, split, count, speech_dir)),
     }
     for name, values in rows.items():
         Ragged.of(values).save_into(arrays, name)
@@ -109,6 +112,12 @@ def encoder_hash(work_dir: Path) -> str:
     return part_hash(part_file(work_dir, "encoder"))
 
 
+def made_from(work_dir: Path, seed: int, split: str, count: int, speech_dir: Path | None) -> str:
+    """What scenes depend on that may change from one run to the next."""
+    has_people = bool(speech_dir and human_clips(speech_dir, split == "held"))
+    return json.dumps([encoder_hash(work_dir), FACT_NAMES, seed, split, count, has_people])
+
+
 class Scenes:
     """One npz of `make_data`."""
 
@@ -117,7 +126,7 @@ class Scenes:
         names = ("vectors", "facts", "pieces", "speaks", "labels", "samples")
         self.rows = {name: Ragged.load_from(arrays, name) for name in names}
         self.answered, self.marks = arrays["answered"], arrays["marks"]
-        self.encoder_hash = str(arrays["encoder_hash"])
+        self.encoder_hash, self.made_from = str(arrays["encoder_hash"]), str(arrays.get("made_from", ""))
 
     def __len__(self) -> int:
         return len(self.answered)

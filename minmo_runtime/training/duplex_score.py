@@ -158,14 +158,15 @@ def score(scenes: list[Judged], rules: FloorRules = FloorRules()) -> dict[str, f
         "interrupts_640ms": _mean([late <= 0.64 for late in interrupts]),
         "interrupts_1s": _mean([late <= 1.0 for late in interrupts]),
         "n_interrupts": float(len(interrupts)),
-        "people_1s": _mean([late <= 1.0 for late in stops["person"]]),
-        "people_stop": _mean([np.isfinite(late) for late in stops["person"]]),
-        "n_people": float(len(stops["person"])),
         "backchannels_stopped": _mean([np.isfinite(late) for late in stops["backchannel"]]),
         "n_backchannels": float(len(stops["backchannel"])),
         "noises_stopped": _mean([np.isfinite(late) for late in stops["noise"]]),
         "n_noises": float(len(stops["noise"])),
     }
+    if people := stops["person"]:
+        scores["people_1s"] = _mean([late <= 1.0 for late in people])
+        scores["people_stop"] = _mean([np.isfinite(late) for late in people])
+        scores["n_people"] = float(len(people))
     return scores | {f"takeover_{kind}": _mean([any_ for _, any_ in found]) for kind, found in sorted(pauses.items())}
 
 

@@ -33,8 +33,8 @@ _MAX_UNSENT_FRAMES = 10  # 200 ms that an exchange has not read, in our buffer
 _SEND_BUFFER_BYTES = 1 << 14  # and what the kernel keeps of it besides: about half a second at 8 kHz
 _GOODBYE_S = 1.0
 # A call has 50 messages a second, 100 at 10 ms: whoever sends more would take the clock from the other calls. What TCP
-# has held up may come at once.
-_MESSAGES_PER_S, _MESSAGES_AT_ONCE = 200, 500
+# has held up may come at once, as long as a silent call lasts; 3,000 messages cost 50 ms.
+_MESSAGES_PER_S, _MAX_HELD_UP_S = 200, 60
 
 
 class AudioSocketEndpoint(LoopEndpoint):
@@ -63,6 +63,10 @@ class AudioSocketEndpoint(LoopEndpoint):
 
     def note(self, kind: str, host: str, detail: str) -> None:
         self._security.note(kind, host, detail, time.monotonic())
+
+    @property
+    def messages_at_once(self) -> int:
+        return round(100 * min(self.config.rtp_timeout_s or _MAX_HELD_UP_S, _MAX_HELD_UP_S))
 
     @property
     def has_room(self) -> bool:
@@ -103,10 +107,11 @@ class Connection(asyncio.Protocol):
         self.call_uuid: uuid.UUID | None = None  # while its call is up
         self._endpoint = endpoint
         self._reader = MessageReader()
-        self._messages = TokenBucket(_MESSAGES_PER_S, _MESSAGES_AT_ONCE)
+        self._messages = TokenBucket(_MESSAGES_PER_S, endpoint.messages_at_once)
         self._leg: AudioSocketLeg | None = None
         self._transport: asyncio.Transport | None = None  # None: not connected yet, or hung up
         self._is_gone = asyncio.Event()
+        self._goodbye: asyncio.TimerHandle | None = None
         self._owed_since_s: float | None = None  # a UUID, or the rest of a message, as far as `on_time` has seen
 
     # ----------------------------------------------------------------- asyncio.Protocol
@@ -146,12 +151,15 @@ class Connection(asyncio.Protocol):
         self._transport = self.call_uuid = None
         self._endpoint.connections.discard(self)
         self._is_gone.set()
+        if self._goodbye is not None:
+            self._goodbye.cancel()
         if self._leg is not None:
             self._leg.on_gone()
 
     def _on_message(self, message: Message) -> None:
         if self._leg is not None and message.kind is not Kind.UUID:
-            self._leg.on_message(message)
+            if message.kind is not Kind.UNKNOWN:
+                self._leg.on_message(message)
         elif self._leg is None and message.kind is Kind.UUID:
             call_uuid = uuid.UUID(bytes=message.payload)
             if not call_uuid.int:
@@ -185,12 +193,15 @@ class Connection(asyncio.Protocol):
 
     # ---------------------------------------------------------------------------- leg.Wire
 
+    def has_room(self, num_bytes: int) -> bool:
+        transport = self._transport
+        return transport is not None and transport.get_write_buffer_size() <= _MAX_UNSENT_FRAMES * num_bytes
+
     def send_audio(self, message: bytes) -> bool:
         """In one write: an Asterisk from before March 2026 cannot read half a header."""
-        transport = self._transport
-        if transport is None or transport.get_write_buffer_size() > _MAX_UNSENT_FRAMES * len(message):
+        if self._transport is None or not self.has_room(len(message)):
             return False
-        transport.write(message)
+        self._transport.write(message)
         return True
 
     def hang_up(self) -> None:
@@ -199,7 +210,7 @@ class Connection(asyncio.Protocol):
         if transport is not None:
             transport.write(encode(Kind.HANGUP))
             transport.close()
-            asyncio.get_running_loop().call_later(_GOODBYE_S, transport.abort)
+            self._goodbye = asyncio.get_running_loop().call_later(_GOODBYE_S, transport.abort)
 
     async def closed(self) -> None:
         await self._is_gone.wait()

@@ -30,8 +30,11 @@ _STUCK_S = 5.0  # an exchange that reads nothing for so long is gone
 class Wire(Protocol):
     """The connection, as its leg needs it."""
 
+    def has_room(self, num_bytes: int) -> bool:
+        """Whether a message of this size would be sent; False: the exchange does not read."""
+
     def send_audio(self, message: bytes) -> bool:
-        """False: dropped, as the exchange does not read."""
+        """False: dropped, there was no room."""
 
     def hang_up(self) -> None: ...
 
@@ -61,7 +64,7 @@ class AudioSocketLeg(InboundLeg):
     # -------------------------------------------------------------- from the exchange
 
     def on_message(self, message: Message) -> None:
-        """Anything but UUID."""
+        """Anything but UUID and UNKNOWN."""
         match message.kind:
             case Kind.HANGUP:
                 self.on_gone()
@@ -102,6 +105,7 @@ class AudioSocketLeg(InboundLeg):
 
     def tick(self) -> None:
         """20 ms of the leg's clock, while CONFIRMED."""
+        self.media.is_held = not self._wire.has_room(self._rates.frame_bytes)  # what nobody reads was not heard
         for frame in self._rates.to_wire(self.media.request()):
             self._send(frame)
         self.media.receive(self._timeline.pull())
@@ -148,15 +152,15 @@ class _Rates:
     def __init__(self, leg_hz: int, wire_hz: int) -> None:
         self.to_leg = StreamResampler(wire_hz, leg_hz)
         self._from_leg = StreamResampler(leg_hz, wire_hz)
-        self._frame_bytes = 2 * wire_hz * FRAME_MS // 1000
+        self.frame_bytes = 2 * wire_hz * FRAME_MS // 1000
         # A resampler withholds up to 2 ms: silence in their place, or every frame would leave a tick later.
-        self._waiting = bytearray(self._frame_bytes // 10 // 2 * 2 if leg_hz != wire_hz else 0)
+        self._waiting = bytearray(self.frame_bytes // 10 // 2 * 2 if leg_hz != wire_hz else 0)
 
     def to_wire(self, pcm: bytes) -> list[bytes]:
         """Whole frames of 20 ms: one a tick."""
         self._waiting += self._from_leg.push(pcm)
         frames = []
-        while len(self._waiting) >= self._frame_bytes:
-            frames.append(bytes(self._waiting[: self._frame_bytes]))
-            del self._waiting[: self._frame_bytes]
+        while len(self._waiting) >= self.frame_bytes:
+            frames.append(bytes(self._waiting[: self.frame_bytes]))
+            del self._waiting[: self.frame_bytes]
         return frames

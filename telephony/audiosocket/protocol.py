@@ -16,6 +16,7 @@ from enum import IntEnum
 
 _HEADER = struct.Struct(">BH")
 _MAX_AUDIO_MS = 200  # of one message; Asterisk sends its channel's frames, 10 to 60 ms
+_MAX_UNKNOWN_BYTES = 1_024  # of a kind that a later Asterisk may send: keys came in 2025, other rates too
 FRAME_MS = 20  # of ours
 
 
@@ -33,6 +34,7 @@ class Kind(IntEnum):
     SLIN96 = 0x17
     SLIN192 = 0x18
     ERROR = 0xFF
+    UNKNOWN = -1  # of a later Asterisk
 
 
 RATE_HZ_OF = {
@@ -40,6 +42,7 @@ RATE_HZ_OF = {
     Kind.SLIN44: 44_100, Kind.SLIN48: 48_000, Kind.SLIN96: 96_000, Kind.SLIN192: 192_000,
 }  # fmt: skip
 """Signed linear, 16 bit, little endian, mono. An Asterisk from before October 2025 says SLIN whatever the rate is."""
+_KINDS = frozenset(Kind) - {Kind.UNKNOWN}
 _FIXED_BYTES = {Kind.HANGUP: (0,), Kind.UUID: (16,), Kind.DTMF: (1,), Kind.ERROR: (0, 1)}
 
 
@@ -83,10 +86,11 @@ def encode(kind: Kind, payload: bytes = b"") -> bytes:
 
 
 def _checked(kind_byte: int, size: int) -> tuple[Kind, int]:
-    try:
-        kind = Kind(kind_byte)
-    except ValueError:
-        raise Malformed(f"unknown kind 0x{kind_byte:02x}") from None
+    if kind_byte not in _KINDS:
+        if size > _MAX_UNKNOWN_BYTES:
+            raise Malformed(f"unknown kind 0x{kind_byte:02x} of {size} bytes")
+        return Kind.UNKNOWN, size
+    kind = Kind(kind_byte)
     if kind in _FIXED_BYTES:
         if size not in _FIXED_BYTES[kind]:
             raise Malformed(f"{kind.name} of {size} bytes")

@@ -18,6 +18,7 @@ from minmo_runtime.random_checkpoint import letter_tokenizer
 from minmo_runtime.training import overlaps
 from minmo_runtime.training.data import Utterance
 from minmo_runtime.training.duplex import hide_pieces, operating_point, predictor_before, set_operating_point
+from minmo_runtime.training.duplex_data import made_from
 from minmo_runtime.training.duplex_scenes import LABEL, Mark, pause_kind
 from minmo_runtime.training.duplex_score import FloorRules, Judged, bridge_chances, score, shifted
 from minmo_runtime.training.resume import save_tensors
@@ -234,3 +235,13 @@ def test_hidden_pieces_leave_everything_else() -> None:
 def test_the_stage_stands_in_its_file() -> None:
     text = (Path(__file__).parents[2] / "minmo_runtime/training/stages/4.toml").read_text()
     assert "bridge_takeover" in text and "bridge_delay_p50_s" in text
+
+
+def test_scenes_of_other_settings_are_made_anew(tmp_path: Path) -> None:
+    (tmp_path / "ship").mkdir()
+    save_tensors(tmp_path / "ship" / "encoder.safetensors", {"a": torch.zeros(1)}, {})
+    key = made_from(tmp_path, 1, "held", 10, None)
+    assert key == made_from(tmp_path, 1, "held", 10, tmp_path / "no_recordings_here")
+    others = [made_from(tmp_path, 2, "held", 10, None), made_from(tmp_path, 1, "held", 20, None)]
+    save_tensors(tmp_path / "ship" / "encoder.safetensors", {"a": torch.ones(1)}, {})
+    assert len({key, *others, made_from(tmp_path, 1, "held", 10, None)}) == 4

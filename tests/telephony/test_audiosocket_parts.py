@@ -19,6 +19,7 @@ from telephony.leg import (
     LegIncoming,
     LegStateChanged,
     MediaHealth,
+    Play,
     Refer,
     Reject,
 )
@@ -30,7 +31,7 @@ GOOD = [
     Message(Kind.ERROR, b"\x01"), Message(Kind.ERROR, b""), Message(Kind.HANGUP, b""),
 ]  # fmt: skip
 BAD = {
-    "unknown kind": b"\x02\x00\x00",
+    "a long message of an unknown kind": b"\x02\x04\x01",
     "kind after the last slin": b"\x19\x01\x40",
     "hang-up with a payload": b"\x00\x00\x01x",
     "short UUID": b"\x01\x00\x0f",
@@ -152,6 +153,9 @@ class Wire:
         self.is_read = True
         self.is_hung_up = False
 
+    def has_room(self, num_bytes: int) -> bool:
+        return self.is_read
+
     def send_audio(self, message: bytes) -> bool:
         if self.is_read:
             self.sent.append(message)
@@ -248,6 +252,41 @@ def test_a_caller_who_is_held_up_and_comes_all_at_once_costs_at_most_the_bound_a
     assert call.leg._timeline.in_hand <= 8 * 440
     call.run(frames * 40)
     assert call.leg._timeline.in_hand <= 8 * 80
+
+
+def test_a_second_of_delay_after_a_hiccup_is_given_back_within_five() -> None:
+    call = Call()
+    frames = frames_of(8_000, 1.0)
+    call.run(frames)
+    call.run([b""] * 50)
+    for frame in frames:
+        call.leg.on_message(Message(Kind.SLIN, frame))
+    assert call.leg._timeline.in_hand > 8 * 400
+    call.run(frames * 5)
+    assert call.leg._timeline.in_hand <= 8 * 160
+
+
+def test_what_the_exchange_did_not_read_was_not_heard() -> None:
+    call = Call()
+    item = np.concatenate([np.frombuffer(frame, "<i2") for frame in frames_of(8_000, 2.0)]).astype("<i2").tobytes()
+    play = Play(leg_id="a1", item_id="i", pcm=item, sample_rate_hz=8_000, is_final=True)
+    media = call.leg.media
+    media.local_commands.append(play)
+    call.run([b""] * 10)
+    call.wire.is_read = False
+    call.run([b""] * 100)
+    assert 0 < media.played()["i"] <= 11 * 160 and not media.is_idle
+    call.wire.is_read = True
+    call.run([b""] * 110)
+    assert media.is_idle
+    loud = [message for message in call.wire.sent if np.abs(np.frombuffer(message[3:], "<i2")).max() > 2_000]
+    assert len(loud) == pytest.approx(100, abs=1)  # the rest is comfort noise
+
+
+def test_a_message_of_a_later_asterisk_is_passed_over() -> None:
+    assert list(MessageReader().push(b"\x42\x00\x02hi" + encode(Kind.DTMF, b"5"))) == [
+        Message(Kind.UNKNOWN, b"hi"), Message(Kind.DTMF, b"5"),
+    ]  # fmt: skip
 
 
 def test_an_exchange_that_reads_nothing_is_left_and_nothing_piles_up() -> None:

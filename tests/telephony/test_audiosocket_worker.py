@@ -144,7 +144,7 @@ BAD_BEGINNINGS = {
     "a megabyte": b"\xaa" * (1 << 20),
 }
 BAD_MIDDLES = {
-    "unknown kind": b"\x42\x00\x00",
+    "a long message of an unknown kind": b"\x42\x04\x01",
     "odd length": message(AUDIO, bytes(321)),
     "too long": message(AUDIO, bytes(20_000)),
     "a key of two": message(0x03, b"12"),
@@ -214,7 +214,7 @@ async def test_flood_of_messages_ends_its_own_call_and_calls_beyond_the_sources_
             await agent.is_up()
             async with calling(worker, source="127.0.4.1") as flood:
                 await agent.is_up(1)
-                flood.send(message(AUDIO, bytes(320)) * 2_000)
+                flood.send(message(AUDIO, bytes(320)) * 8_000)
                 await until(lambda: agent.of(LegDisconnected, 1))
                 await until(lambda: flood.is_over)
             for _ in range(3):
