@@ -166,7 +166,27 @@ def test_missed_end_is_taken_after_its_silence() -> None:
     assert [t.how for t in table.done(floor.TakeFloor)] == ["silence"]
 
 
-@pytest.mark.parametrize(("user_done", "taken_after_s"), [(0.09, 1.6), (0.1, 0.7), (0.49, 0.7), (0.5, 0.12)])
+def test_P10_behind_an_okay_the_agent_is_loud_again_before_it_is_decided_what_it_meant() -> None:
+    table = Table().speaking()
+    table.hear(0.3, True, interrupt=0.45, backchannel=0.55)
+    assert table.done(floor.DuckPlayout) and not table.done(floor.ResumePlayout)
+    table.hear(0.12, False, interrupt=0.45, backchannel=0.55)
+    assert len(table.done(floor.ResumePlayout)) == 1 and table.state is State.OVERLAP
+    table.hear(0.04, True, interrupt=0.45, backchannel=0.55)
+    assert len(table.done(floor.DuckPlayout)) == 2 and not table.done(floor.Cut)
+    table.hear(0.3, True, interrupt=0.9)
+    assert [cut.reason for cut in table.done(floor.Cut)] == ["interrupt"]
+
+
+def test_what_was_held_stays_held_until_it_is_decided() -> None:
+    table = Table().speaking()
+    table.hear(0.4, True, interrupt=0.45)
+    assert table.done(floor.PausePlayout)
+    table.hear(0.12, False, interrupt=0.45, backchannel=0.4)
+    assert not table.done(floor.ResumePlayout) and table.state is State.OVERLAP
+
+
+@pytest.mark.parametrize(("user_done", "taken_after_s"), [(0.29, 1.6), (0.3, 0.7), (0.49, 0.7), (0.5, 0.12)])
 def test_the_likelier_the_end_the_shorter_the_silence_that_ends_a_turn(user_done: float, taken_after_s: float) -> None:
     table = Table().listening().hear(1.0, True)
     table.tell(floor.CallerWords("great bye"))

@@ -27,7 +27,7 @@ from telephony.leg import Answer, DtmfReceived, LegDisconnected, LegState, Rejec
 from telephony.process import WorkerFailed, WorkerProcess  # noqa: E402
 from telephony.sip.floods import Floods  # noqa: E402
 from telephony.sip.message import fault_of, key_of, read_message, unreadable_addresses  # noqa: E402
-from tests.telephony.test_call_control import ringing  # noqa: E402
+from tests.telephony.call_control import ringing  # noqa: E402
 
 MULTIPART = "--b\r\nContent-Type: text/plain\r\n\r\nhello\r\n--b--\r\n"
 BODIES = {

@@ -18,7 +18,7 @@ from telephony.config import TelephonyConfig  # noqa: E402
 from telephony.leg import MediaHealth  # noqa: E402
 from telephony.process import WorkerProcess  # noqa: E402
 from telephony.sip.media_health import level_of  # noqa: E402
-from tests.telephony.test_call_control import ringing  # noqa: E402
+from tests.telephony.call_control import ringing  # noqa: E402
 from tests.telephony.test_rtp_source import rtp  # noqa: E402
 
 VOICE = bytes([0x10, 0x90] * 80)  # 20 ms of PCMU, loud

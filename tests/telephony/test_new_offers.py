@@ -15,7 +15,7 @@ from telephony.client import WorkerClient  # noqa: E402
 from telephony.config import TelephonyConfig  # noqa: E402
 from telephony.leg import HoldChanged, LegDisconnected, Play  # noqa: E402
 from telephony.process import WorkerProcess  # noqa: E402
-from tests.telephony.test_call_control import RATE, direction, loud, packets, ringing, send_rtp  # noqa: E402
+from tests.telephony.call_control import RATE, direction, loud, packets, ringing, send_rtp  # noqa: E402
 
 PCMA = ("8 101", "a=rtpmap:8 PCMA/8000\r\na=rtpmap:101 telephone-event/8000\r\n")
 

@@ -14,7 +14,7 @@ from telephony.client import WorkerClient  # noqa: E402
 from telephony.config import TelephonyConfig  # noqa: E402
 from telephony.leg import Answer, Hangup, LegDisconnected, LegState, LegStateChanged, Play, Progress  # noqa: E402
 from telephony.process import WorkerProcess  # noqa: E402
-from tests.telephony.test_call_control import RATE, loud, packets, ringing  # noqa: E402
+from tests.telephony.call_control import RATE, loud, packets, ringing  # noqa: E402
 
 REQUIRED = "Require: 100rel\r\n"
 

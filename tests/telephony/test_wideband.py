@@ -23,7 +23,7 @@ from telephony.clips import read_clip  # noqa: E402
 from telephony.config import TelephonyConfig  # noqa: E402
 from telephony.leg import LegState, LegStateChanged, Play, PlayoutProgress  # noqa: E402
 from telephony.process import WorkerProcess  # noqa: E402
-from tests.telephony.test_call_control import ringing  # noqa: E402
+from tests.telephony.call_control import ringing  # noqa: E402
 
 RATE = 16_000
 PIECE = RATE // 10
