@@ -100,7 +100,5 @@ def test_a_voice_is_made_only_of_a_person_who_agreed(tmp_path: Path) -> None:
 
 def test_doctor_refuses_a_number_by_audiosocket_that_no_campaign_answers() -> None:
     wrong = build_config({"audiosocket": {"port": 19_019, "did": "999"}})
-    right = build_config({"audiosocket": {"port": 19_019, "did": "100"}})
     (fault,) = [finding for finding in examine(wrong) if finding.name == "audiosocket"]
     assert fault.state is State.WARNING and fault.text.startswith("audiosocket.did = '999': must be one of 100, 200")
-    assert not [finding for finding in examine(right) if finding.name == "audiosocket"]

@@ -166,7 +166,7 @@ def test_missed_end_is_taken_after_its_silence() -> None:
     assert [t.how for t in table.done(floor.TakeFloor)] == ["silence"]
 
 
-def test_P10_behind_an_okay_the_agent_is_loud_again_before_it_is_decided_what_it_meant() -> None:
+def test_behind_an_okay_the_agent_is_loud_again_before_it_is_decided_what_it_meant() -> None:
     table = Table().speaking()
     table.hear(0.3, True, interrupt=0.45, backchannel=0.55)
     assert table.done(floor.DuckPlayout) and not table.done(floor.ResumePlayout)
