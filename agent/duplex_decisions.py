@@ -33,7 +33,6 @@ class Overlap:
     words: str = ""
     prediction: floor.Predicted | None = None
     is_paused: bool = False
-    is_loud: bool = False  # no longer ducked: the caller is silent again, and it is not decided yet
     why: str = ""  # backchannel | noise, once the agent went on
     is_agent_done: bool = False  # the current turn was played to its end meanwhile
 

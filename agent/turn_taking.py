@@ -12,10 +12,10 @@ Three overlaps are possible, each with its own rule:
 
 * caller voiced before anything of a draft was heard (THINKING): a *false end*. The caller had not finished. The draft
   is cut, its tools never run, the caller's turn goes on as if nothing had been.
-* caller voiced while the agent is heard (SPEAKING): OVERLAP. The agent ducks on the spot while the voice lasts, holds
-  at the exact sample when the caller goes on, and between `decide_min_s` and `decide_max_s` after the onset the duplex
-  prediction decides: *interrupt* (cut; the caller has the floor) or *backchannel*, noise, echo (resume at that sample;
-  the overlap is forgotten).
+* caller voiced while the agent is heard (SPEAKING): OVERLAP. The agent ducks on the spot, holds at the exact sample
+  when the caller goes on, and between `decide_min_s` and `decide_max_s` after the onset the duplex prediction
+  decides: *interrupt* (cut; the caller has the floor) or *backchannel*, noise, echo (resume at that sample; the
+  overlap is forgotten).
 * caller voiced in a *protected* turn (PROTECTED) or while the call closes (CLOSING): nothing happens to the floor.
   The turn is heard in full; what the caller says is still listened to and transcribed.
 
@@ -280,15 +280,6 @@ class TurnTaking(TurnClock):
             case Meaning.LIKELY if not overlap.is_paused:
                 overlap.is_paused = True
                 self._actions.append(floor.PausePlayout())
-            case Meaning.UNDECIDED if not overlap.is_paused:
-                self._duck_while_voiced(overlap, now)
-
-    def _duck_while_voiced(self, overlap: Overlap, now: float) -> None:
-        """Behind an "okay" nobody is spoken over any more: the decision, a prediction away, is waited for aloud."""
-        is_silent = now - self._last_voiced_at >= self.config.burst_silence_s
-        if is_silent is not overlap.is_loud:
-            overlap.is_loud = is_silent
-            self._actions.append(floor.ResumePlayout() if is_silent else floor.DuckPlayout())
 
     def _cut_current(self, reason: str, now: float) -> None:
         self._doubtful = None  # the cut tells the runtime whose words they were

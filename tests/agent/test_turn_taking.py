@@ -166,18 +166,6 @@ def test_missed_end_is_taken_after_its_silence() -> None:
     assert [t.how for t in table.done(floor.TakeFloor)] == ["silence"]
 
 
-def test_behind_an_okay_the_agent_is_loud_again_before_it_is_decided_what_it_meant() -> None:
-    table = Table().speaking()
-    table.hear(0.3, True, interrupt=0.45, backchannel=0.55)
-    assert table.done(floor.DuckPlayout) and not table.done(floor.ResumePlayout)
-    table.hear(0.12, False, interrupt=0.45, backchannel=0.55)
-    assert len(table.done(floor.ResumePlayout)) == 1 and table.state is State.OVERLAP
-    table.hear(0.04, True, interrupt=0.45, backchannel=0.55)
-    assert len(table.done(floor.DuckPlayout)) == 2 and not table.done(floor.Cut)
-    table.hear(0.3, True, interrupt=0.9)
-    assert [cut.reason for cut in table.done(floor.Cut)] == ["interrupt"]
-
-
 def test_what_was_held_stays_held_until_it_is_decided() -> None:
     table = Table().speaking()
     table.hear(0.4, True, interrupt=0.45)
